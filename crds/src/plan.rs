@@ -1,0 +1,195 @@
+//! What a backup covers and how: the part that `BackupPolicy` and an on-demand `Backup` share.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::DurationString;
+
+/// What a backup covers, how it is made consistent, and where it goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BackupPlan {
+    /// Which objects and claims of the namespace. Default: all.
+    #[serde(default)]
+    pub scope: Scope,
+    /// How claims are read. The first rule that matches decides; claims that no rule matches are read `Live`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub volumes: Vec<VolumeRule>,
+    /// How the application is brought to rest while its volumes are read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesce: Option<Quiesce>,
+    /// Where the backup goes.
+    #[schemars(length(min = 1, max = 1))]
+    pub tiers: Vec<Tier>,
+}
+
+/// Which objects of the namespace belong to a backup.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.includeResources) || !has(self.excludeResources) || !self.excludeResources.exists(e, e in self.includeResources)")
+    .message("a resource stands in both includeResources and excludeResources; write it in one of them"))]
+pub struct Scope {
+    /// Labels that objects and claims must have. Default: everything in the namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<LabelSelector>,
+    /// Only these resources, as `configmaps` or `deployments.apps`. Default: every namespaced resource that the API server offers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    pub include_resources: Option<Vec<String>>,
+    /// Not these resources. `persistentvolumeclaims` here leaves out all volumes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    pub exclude_resources: Option<Vec<String>>,
+}
+
+/// How some claims are read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeRule {
+    /// Which claims. All given fields must match; none given matches every claim.
+    #[serde(default, rename = "match")]
+    pub matching: VolumeMatch,
+    /// How they are read.
+    pub method: VolumeMethod,
+}
+
+/// Selects claims.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeMatch {
+    /// Labels of the claim.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<LabelSelector>,
+    /// The claim's storage class.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub storage_class: Option<String>,
+    /// Names of claims.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    pub names: Option<Vec<String>>,
+}
+
+/// How a volume is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VolumeMethod {
+    /// From the directory in which a running pod has it mounted, between the freeze and the thaw.
+    #[default]
+    Live,
+    /// Not at all. The claim's object is still captured.
+    Skip,
+}
+
+/// How an application is brought to rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Quiesce {
+    /// Executed in this order before the volumes are read; thawed in reverse order.
+    #[schemars(length(min = 1, max = 16))]
+    pub steps: Vec<QuiesceStep>,
+    /// The longest time that the application may stay frozen. After it the application is thawed, whatever is still to be read. Default: `60s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("maxFreeze must be longer than zero, such as 30s"))]
+    pub max_freeze: Option<DurationString>,
+    /// What happens when a step fails or `maxFreeze` is over: `Fail` ends the backup, `Continue` goes on with the lower consistency
+    /// that the status then shows.
+    #[serde(default)]
+    pub on_failure: OnQuiesceFailure,
+}
+
+/// One step of bringing an application to rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct QuiesceStep {
+    /// Labels of the pods in which the commands run, all of them.
+    pub selector: LabelSelector,
+    /// The container. Default: the pod's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub container: Option<String>,
+    /// The commands.
+    pub exec: ExecHook,
+}
+
+/// Commands that run inside a container.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.freeze) || has(self.thaw)").message("write exec.freeze, exec.thaw or both"))]
+pub struct ExecHook {
+    /// Runs before the volumes are read. Exit code 0 means frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub freeze: Option<Vec<String>>,
+    /// Runs after the volumes were read, also when something failed in between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub thaw: Option<Vec<String>>,
+    /// The longest time that each of the commands may take. Default: `30s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<DurationString>,
+}
+
+/// What happens when the application could not be brought to rest, or not for long enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnQuiesceFailure {
+    /// The backup fails.
+    #[default]
+    Fail,
+    /// The backup goes on, and its status shows the lower consistency.
+    Continue,
+}
+
+/// A place where backups are kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Tier {
+    /// A deduplicating repository.
+    Repository(RepositoryTier),
+}
+
+/// A deduplicating repository as a place for backups.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RepositoryTier {
+    /// The repository.
+    #[serde(rename = "ref")]
+    pub reference: RepositoryRef,
+}
+
+/// Names a `ClusterRepository`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RepositoryRef {
+    /// The `ClusterRepository`'s name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
+
+impl BackupPlan {
+    /// The repository that the backup goes to.
+    pub fn repository(&self) -> Option<&RepositoryRef> {
+        self.tiers.iter().map(|Tier::Repository(tier)| &tier.reference).next()
+    }
+}
+
+/// Whether `selector` matches `labels`, by the rules of the Kubernetes API. An operator that is not known matches nothing.
+pub fn selector_matches(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
+    let equal = selector.match_labels.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));
+    equal
+        && selector.match_expressions.iter().flatten().all(|wanted| {
+            let has = labels.get(&wanted.key);
+            let among = has.is_some_and(|value| wanted.values.iter().flatten().any(|one| one == value));
+            match wanted.operator.as_str() {
+                "In" => among,
+                "NotIn" => !among,
+                "Exists" => has.is_some(),
+                "DoesNotExist" => has.is_none(),
+                _ => false,
+            }
+        })
+}

@@ -1,0 +1,177 @@
+//! `VolumeTask`: one unit of work for one node's agent. Internal; lives in Lifeboat's namespace.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    backup::{Phase, SkippedFile, Transfer},
+    cluster_repository::{Backend, SecretRef},
+};
+
+/// One unit of work for one node's agent. Made by the controller; not for people to write.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "lifeboat.dev",
+    version = "v1alpha1",
+    kind = "VolumeTask",
+    shortname = "vtask",
+    namespaced,
+    status = "VolumeTaskStatus",
+    derive = "PartialEq",
+    selectable = ".spec.nodeName",
+    doc = "One unit of work for one node's agent. Internal to Lifeboat.",
+    printcolumn(name = "State", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName"),
+    printcolumn(name = "Namespace", type_ = "string", json_path = ".spec.volume.namespace"),
+    printcolumn(name = "Claim", type_ = "string", json_path = ".spec.volume.claim"),
+    printcolumn(name = "Bytes", type_ = "integer", json_path = ".status.progress.bytesDone"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self == oldSelf").message("a VolumeTask cannot be changed"))]
+pub struct VolumeTaskSpec {
+    /// The node whose agent does the work.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: String,
+    /// The volume, as a pod on that node has it mounted.
+    pub volume: MountedVolume,
+    /// The repository and how to open it.
+    pub repository: RepositoryAccess,
+    /// What is done.
+    pub operation: Operation,
+    /// The task fails when it has not ended by then.
+    pub deadline: Time,
+}
+
+/// A volume that a pod has mounted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MountedVolume {
+    /// The namespace of pod and claim.
+    pub namespace: String,
+    /// The claim's name.
+    pub claim: String,
+    /// The claim's UID.
+    pub claim_uid: String,
+    /// The persistent volume's name: the last part of the directory below the pod's directory.
+    pub volume: String,
+    /// The pod's name.
+    pub pod: String,
+    /// The pod's UID: kubelet's directory is named by it.
+    pub pod_uid: String,
+}
+
+/// How an agent opens a repository. Secrets lie in Lifeboat's namespace; the agent reads these two and no others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RepositoryAccess {
+    /// The `ClusterRepository`'s name, for messages.
+    pub name: String,
+    /// The id that the repository must have, in hexadecimal.
+    pub id: String,
+    /// The store.
+    pub backend: Backend,
+    /// The Secret with the repository's password.
+    pub encryption_secret: SecretRef,
+}
+
+/// What a task does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Operation {
+    /// Reads the volume into the repository.
+    Backup(BackupOperation),
+    /// Writes a snapshot into the volume, which must be empty but for `lost+found`.
+    Restore(RestoreOperation),
+}
+
+/// Reads a volume into the repository.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BackupOperation {
+    /// The chain of snapshots that this one continues; the newest committed one of it is the parent.
+    pub lineage: String,
+    /// Put on the snapshot.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+}
+
+/// Writes a snapshot into a volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RestoreOperation {
+    /// The snapshot's id in the repository.
+    pub snapshot: String,
+}
+
+/// How far a task is, and what came of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeTaskStatus {
+    /// How far it is; derived from the conditions.
+    #[serde(default)]
+    pub phase: Phase,
+    /// `Succeeded`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// The agent pod's UID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// The repository session in which it writes, in hexadecimal, so that a successor can abort it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// How often the work was begun.
+    #[serde(default)]
+    pub attempts: u32,
+    /// When the agent began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the agent last said that it works. At least every 10 s while running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat_time: Option<Time>,
+    /// When the work ended, well or badly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// How far it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// What came of it, when it succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<TaskResult>,
+}
+
+/// How far a task is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Progress {
+    /// Entries (files, directories and others) done.
+    pub entries_done: u64,
+    /// Bytes done.
+    pub bytes_done: u64,
+    /// Bytes in all; 0 while unknown.
+    pub bytes_total: u64,
+    /// Bytes per second over the last interval.
+    pub bytes_per_second: u64,
+}
+
+/// What came of a task that succeeded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskResult {
+    /// The snapshot that was committed (backup) or restored.
+    pub snapshot: String,
+    /// The parent that unchanged files were taken from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The figures.
+    pub transfer: Transfer,
+    /// How many files could not be read or restored in full.
+    pub skipped: u64,
+    /// The first of these, 20 at most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped_sample: Vec<SkippedFile>,
+}
