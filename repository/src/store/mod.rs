@@ -13,7 +13,18 @@ use thiserror::Error;
 
 use crate::error::{Classified, ErrorClass};
 
+pub mod cloud;
+pub mod faulty;
+pub mod local;
+mod location;
+pub mod memory;
+mod object;
+mod probe;
+pub mod retry;
+pub mod suite;
 
+pub use location::{Location, LocationError, S3Settings, open};
+pub use probe::{ProbeError, probe, probe_with};
 
 /// What an object store failed to do.
 #[derive(Debug, Error)]
