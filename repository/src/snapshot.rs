@@ -57,6 +57,29 @@ pub struct NewSnapshot {
     pub stats: WriteStats,
 }
 
+impl NewSnapshot {
+    /// What it becomes when the session commits it.
+    pub(crate) fn commit(self, session: SessionId, host: &str) -> Snapshot {
+        Snapshot {
+            id: self.id,
+            session,
+            time: self.time,
+            lineage: self.lineage,
+            tags: self.tags,
+            host: if self.host.is_empty() { host.to_owned() } else { self.host },
+            parent: self.parent,
+            content: self.content,
+            counts: self.counts,
+            stats: self.stats,
+        }
+    }
+}
+
+/// The name of this machine, as the kernel gives it.
+pub(crate) fn this_host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// The content of a snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]

@@ -1,4 +1,7 @@
-//! Reading chunks back.
+//! Reading chunks back: by place, verified against their ids.
+
+mod plan;
+mod reader;
 
 use std::sync::Arc;
 
@@ -7,6 +10,8 @@ use thiserror::Error;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, PackId, Place};
 use crate::store::StoreError;
+
+pub use reader::Reader;
 
 /// What a reader failed to do.
 #[derive(Debug, Clone, Error)]
@@ -39,6 +44,12 @@ pub enum ReadError {
         /// What does not fit.
         what: String,
     },
+    /// A worker ended unexpectedly.
+    #[error("a worker of the reader failed: {what}")]
+    Worker {
+        /// What it says.
+        what: String,
+    },
     /// The store failed.
     #[error("cannot {act}")]
     Store {
@@ -57,6 +68,7 @@ impl Classified for ReadError {
         match self {
             Self::Missing { .. } | Self::DamagedChunk { .. } | Self::DamagedPack { .. } => ErrorClass::Damaged,
             Self::Store { source, .. } => source.class(),
+            Self::Worker { .. } => ErrorClass::Local,
             Self::NoPrivateKey => ErrorClass::Key,
         }
     }

@@ -1,8 +1,17 @@
-//! Writing sessions.
+//! Writing sessions: registered, filled with chunks, decided once.
+//!
+//! `registration` finds an epoch, `writer` packs and uploads, `decision` is the one object that makes a session
+//! count. Nothing of a session is visible before its commit exists.
+
+pub(crate) mod decision;
+pub(crate) mod registration;
+mod writer;
 
 use std::sync::Arc;
 
 use thiserror::Error;
+
+pub use writer::{Session, SessionOptions, SessionStats};
 
 use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, SessionId};
@@ -31,6 +40,25 @@ pub enum SessionError {
         /// Why it failed.
         source: Arc<StoreError>,
     },
+    /// A chunk or a record cannot be sealed.
+    #[error("the session {session} cannot seal {what}")]
+    Seal {
+        /// The session.
+        session: SessionId,
+        /// What was to be sealed.
+        what: &'static str,
+    },
+    /// A task of the session ended unexpectedly.
+    #[error("a worker of the session {session} failed: {what}")]
+    Worker {
+        /// The session.
+        session: SessionId,
+        /// What it says.
+        what: String,
+    },
+    /// The repository has expiry marks that this version cannot honour.
+    #[error("the repository is maintained by a newer version: use a newer program to write into it")]
+    NeedsNewer,
     /// Another decided that this session is dead; begin a new one (uploaded data will be found again).
     #[error("the session {session} was aborted by another; begin a new one")]
     AbortedByAnother {
@@ -50,6 +78,8 @@ impl Classified for SessionError {
         match self {
             Self::ChunkTooLarge { .. } | Self::Closed { .. } => ErrorClass::Invalid,
             Self::Store { source, .. } => source.class(),
+            Self::Seal { .. } | Self::Worker { .. } => ErrorClass::Local,
+            Self::NeedsNewer => ErrorClass::Unsupported,
             Self::AbortedByAnother { .. } => ErrorClass::Conflict,
         }
     }

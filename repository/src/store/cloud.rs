@@ -9,9 +9,9 @@ use std::time::Duration;
 use object_store::aws::{AmazonS3Builder, S3ConditionalPut};
 use object_store::{BackoffConfig, Certificate, ClientOptions, RetryConfig};
 
+use super::Store;
 use super::location::{LocationError, S3Settings};
 use super::object::ObjectBacked;
-use super::Store;
 
 /// Long enough for a pack over a slow line.
 const REQUEST_TIMEOUT: Duration = Duration::from_mins(10);

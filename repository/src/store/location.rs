@@ -141,11 +141,8 @@ fn parse_s3(rest: &str) -> Result<S3Settings, LocationError> {
     if bucket.is_empty() {
         return Err(LocationError::NoBucket);
     }
-    let mut settings = S3Settings {
-        bucket: bucket.to_owned(),
-        prefix: prefix.trim_matches('/').to_owned(),
-        ..S3Settings::default()
-    };
+    let mut settings =
+        S3Settings { bucket: bucket.to_owned(), prefix: prefix.trim_matches('/').to_owned(), ..S3Settings::default() };
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let value = percent_decoded(value);

@@ -158,7 +158,9 @@ impl Payload {
             [only] => only.clone(),
             pieces => {
                 let mut all = BytesMut::with_capacity(usize::try_from(self.len).unwrap_or(0));
-                pieces.iter().for_each(|piece| all.extend_from_slice(piece));
+                for piece in pieces {
+                    all.extend_from_slice(piece);
+                }
                 all.freeze()
             }
         }

@@ -1,0 +1,13 @@
+//! Packs: many frames, a sealed directory of them, and a trailer that anyone may check.
+//!
+//! `layout` says where things lie, `builder` makes packs, `directory` opens them. Nothing here reads a store.
+
+mod builder;
+mod directory;
+mod frame;
+mod layout;
+
+pub(crate) use builder::PackBuilder;
+pub(crate) use directory::{Directory, SlotEntry};
+pub(crate) use frame::{SealedFrame, open_frame, seal_frame};
+pub(crate) use layout::{DirectorySpan, MAX_PACK_BYTES, PackKind, TRAILER_BYTES, pack_key, parse_header, verify_hash};

@@ -1,0 +1,212 @@
+//! Finds, fetches, opens and verifies chunks.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, stream};
+use tokio::sync::Mutex;
+
+use super::ReadError;
+use super::plan::{Read, Wanted, coalesce};
+use crate::directories::DirectoryError;
+use crate::engine::Engine;
+use crate::id::{ChunkRef, PackId, Place, SessionId};
+use crate::keyring::{KeyRingError, SessionCiphers};
+use crate::pack::{SlotEntry, open_frame, pack_key};
+use crate::sink::ChunkSource;
+use crate::store::ByteRange;
+
+/// Reads in flight at once; with 8 MiB each and their plain bytes about 100 MiB.
+const PARALLEL_READS: usize = 6;
+/// Chunks located at once: their directories are fetched side by side.
+const PARALLEL_LOOKUPS: usize = 16;
+/// Chunks planned together: bounds the memory of a plan and of its results.
+const PLAN_CHUNKS: usize = 2048;
+
+/// A chunk that was found.
+#[derive(Debug, Clone, Copy)]
+struct Located {
+    place: Place,
+    entry: SlotEntry,
+    origin: SessionId,
+}
+
+/// Reads chunks of a repository.
+#[derive(Debug)]
+pub struct Reader {
+    engine: Arc<Engine>,
+    /// Whether the index was loaded: only needed when a place is stale.
+    index_loaded: Mutex<bool>,
+}
+
+impl Reader {
+    pub(crate) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine, index_loaded: Mutex::new(false) }
+    }
+
+    /// Whether data can be read, not only manifests.
+    pub fn can_read_data(&self) -> bool {
+        self.engine.keys.domain().private.is_some()
+    }
+
+    async fn locate(&self, chunk: &ChunkRef) -> Result<Located, ReadError> {
+        match self.locate_in(chunk.place.pack, chunk).await {
+            Ok(Some(found)) => return Ok(found),
+            Ok(None) => {}
+            Err(ReadError::Store { source, .. }) if source.is_not_found() => {}
+            // A copy elsewhere may be whole; if there is none, this is the error to show.
+            Err(error @ ReadError::DamagedPack { .. }) => return self.locate_by_index(chunk).await.map_err(|_| error),
+            Err(error) => return Err(error),
+        }
+        self.locate_by_index(chunk).await
+    }
+
+    async fn locate_by_index(&self, chunk: &ChunkRef) -> Result<Located, ReadError> {
+        {
+            let mut loaded = self.index_loaded.lock().await;
+            if !*loaded {
+                self.engine
+                    .index
+                    .refresh()
+                    .await
+                    .map_err(|source| ReadError::Store { act: "load the index", source: Arc::new(source) })?;
+                *loaded = true;
+            }
+        }
+        for place in self.engine.index.find(&chunk.id) {
+            if place.pack != chunk.place.pack
+                && let Ok(Some(found)) = self.locate_in(place.pack, chunk).await
+            {
+                return Ok(found);
+            }
+        }
+        Err(ReadError::Missing { id: chunk.id, place: chunk.place })
+    }
+
+    async fn locate_in(&self, pack: PackId, chunk: &ChunkRef) -> Result<Option<Located>, ReadError> {
+        let found = self.engine.directories.slot(pack, &chunk.id).await.map_err(|error| explain(pack, error))?;
+        Ok(found.filter(|(_, entry, _)| entry.expected.plain_len == chunk.len).map(|(place, entry, directory)| {
+            Located {
+                place,
+                entry,
+                // The directory refuses slots whose origin it does not list.
+                origin: directory.origins.get(usize::from(entry.origin)).copied().unwrap_or(pack.session),
+            }
+        }))
+    }
+
+    async fn fetch(&self, pack: PackId, range: std::ops::Range<u64>) -> Result<Bytes, ReadError> {
+        self.engine
+            .store
+            .get_range(&pack_key(pack), ByteRange::Bounded(range))
+            .await
+            .map_err(|source| ReadError::Store { act: "read a pack", source: Arc::new(source) })
+    }
+
+    async fn ciphers(&self, located: &Located) -> Result<Arc<SessionCiphers>, ReadError> {
+        self.engine.keys.get(located.origin).await.map_err(|error| explain(located.place.pack, error.into()))
+    }
+
+    /// Opens a frame on a worker thread.
+    async fn open(&self, located: Located, frame: Bytes) -> Result<Bytes, ReadError> {
+        let ciphers = self.ciphers(&located).await?;
+        let engine = Arc::clone(&self.engine);
+        let open = move || {
+            let Located { place, entry, .. } = located;
+            let cipher = ciphers.frame(entry.expected.kind).ok_or(ReadError::NoPrivateKey)?;
+            open_frame(cipher, &entry.expected, &frame, |plain| engine.chunk_id(plain)).map(Bytes::from).map_err(
+                |error| ReadError::DamagedChunk {
+                    id: entry.expected.id,
+                    place,
+                    offset: u64::from(entry.offset),
+                    what: error.what(),
+                },
+            )
+        };
+        tokio::task::spawn_blocking(open).await.map_err(|error| ReadError::Worker { what: error.to_string() })?
+    }
+
+    /// Performs one read: every frame in it, or its error.
+    async fn perform(
+        self: Arc<Self>,
+        read: Read,
+        located: Arc<Vec<(usize, Located)>>,
+    ) -> Vec<Result<(usize, Bytes), ReadError>> {
+        let bytes = match self.fetch(read.pack, read.range.clone()).await {
+            Ok(bytes) => bytes,
+            Err(error) => return read.frames.iter().map(|_| Err(error.clone())).collect(),
+        };
+        let mut opened = Vec::with_capacity(read.frames.len());
+        for Wanted { range, number, .. } in read.frames {
+            let (index, located) = located[number];
+            // The plan made the read from these very ranges.
+            let at = usize::try_from(range.start - read.range.start).unwrap_or(usize::MAX);
+            let frame = bytes.slice(at..at + located.entry.len as usize);
+            opened.push(self.open(located, frame).await.map(|plain| (index, plain)));
+        }
+        opened
+    }
+
+    /// Locates some chunks, reads them and yields each.
+    async fn read_some(
+        self: Arc<Self>,
+        chunks: Vec<(usize, ChunkRef)>,
+    ) -> BoxStream<'static, Result<(usize, Bytes), ReadError>> {
+        let this = &self;
+        let found: Vec<_> = stream::iter(chunks)
+            .map(|(index, chunk)| async move { this.locate(&chunk).await.map(|located| (index, located)) })
+            .buffer_unordered(PARALLEL_LOOKUPS)
+            .collect()
+            .await;
+        let (located, failed): (Vec<_>, Vec<_>) = found.into_iter().partition(Result::is_ok);
+        let located: Arc<Vec<_>> = Arc::new(located.into_iter().filter_map(Result::ok).collect());
+        let wanted = located
+            .iter()
+            .enumerate()
+            .map(|(number, (_, located))| {
+                let start = u64::from(located.entry.offset);
+                Wanted { pack: located.place.pack, range: start..start + u64::from(located.entry.len), number }
+            })
+            .collect();
+        let failed = stream::iter(failed.into_iter().filter_map(Result::err).map(Err));
+        let reads = stream::iter(coalesce(wanted))
+            .map(move |read| tokio::spawn(Arc::clone(&self).perform(read, Arc::clone(&located))))
+            .buffer_unordered(PARALLEL_READS)
+            .flat_map(|ended| {
+                stream::iter(ended.unwrap_or_else(|error| vec![Err(ReadError::Worker { what: error.to_string() })]))
+            });
+        failed.chain(reads).boxed()
+    }
+}
+
+/// What a failed look at a directory means for those who read.
+fn explain(pack: PackId, error: DirectoryError) -> ReadError {
+    match error {
+        DirectoryError::Store(source) | DirectoryError::Keys(KeyRingError::Store(source)) => {
+            ReadError::Store { act: "read the directory of a pack", source: Arc::new(source) }
+        }
+        DirectoryError::Keys(error) => ReadError::DamagedPack { pack, what: error.to_string() },
+        DirectoryError::Damaged(error) => ReadError::DamagedPack { pack, what: error.to_string() },
+    }
+}
+
+#[async_trait]
+impl ChunkSource for Reader {
+    async fn get(&self, chunk: &ChunkRef) -> Result<Bytes, ReadError> {
+        let located = self.locate(chunk).await?;
+        let start = u64::from(located.entry.offset);
+        let frame = self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await?;
+        self.open(located, frame).await
+    }
+
+    fn get_many(self: Arc<Self>, chunks: Vec<ChunkRef>) -> BoxStream<'static, Result<(usize, Bytes), ReadError>> {
+        let mut numbered = chunks.into_iter().enumerate().peekable();
+        let batches = std::iter::from_fn(move || {
+            let batch: Vec<_> = numbered.by_ref().take(PLAN_CHUNKS).collect();
+            (!batch.is_empty()).then_some(batch)
+        });
+        stream::iter(batches).then(move |batch| Arc::clone(&self).read_some(batch)).flatten().boxed()
+    }
+}

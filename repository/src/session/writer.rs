@@ -1,0 +1,539 @@
+//! Takes chunks, leaves out known ones, packs the others, uploads packs, and decides the session.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+
+use super::SessionError;
+use super::decision::{Commit, Decision, MAX_DECISION_BYTES, RefsetHash, decision_key};
+use super::registration::{Registration, register};
+use crate::engine::Engine;
+use crate::error::{Classified, ErrorClass};
+use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
+use crate::index::{Segment, SegmentEntry, encode_segment, segment_key};
+use crate::keyring::{KeyRingError, SessionCiphers};
+use crate::pack::{PackBuilder, PackKind, SealedFrame, seal_frame};
+use crate::refset::{Refset, refset_key};
+use crate::sink::{ChunkKind, ChunkSink, MAX_CHUNK_BYTES, Put};
+use crate::snapshot::{NewSnapshot, Snapshot};
+use crate::store::StoreError;
+
+/// Bytes that may wait in open packs and uploads. Two open packs take at most 96 MiB of it (32 MiB and one
+/// chunk each), so that a chunk always finds room and nothing waits for ever.
+const BUDGET_BYTES: usize = 144 << 20;
+/// The semaphore counts in KiB.
+const PERMIT_BYTES: usize = 1 << 10;
+/// After this many packs an index segment is published, so that an aborted long session leaves little to do twice.
+const PACKS_PER_SEGMENT: u32 = 64;
+/// How often a session shows that it lives.
+const HEARTBEAT: Duration = Duration::from_mins(1);
+/// Fast, and on data that compresses at all nearly as good as higher levels.
+const ZSTD_LEVEL: i32 = 1;
+
+/// What a session is for.
+#[derive(Debug, Clone, Default)]
+pub struct SessionOptions {
+    /// For people: `backup`, `restore`, ...
+    pub purpose: String,
+    /// The machine; the kernel's host name when empty.
+    pub host: String,
+}
+
+/// What a session did so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SessionStats {
+    /// Chunks put or inherited.
+    pub chunks: u64,
+    /// Chunks that the repository lacked.
+    pub new_chunks: u64,
+    /// Their plain bytes.
+    pub new_bytes: u64,
+    /// Their bytes in packs.
+    pub stored_bytes: u64,
+    /// Bytes of uploaded packs, with headers and padding.
+    pub uploaded_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    chunks: AtomicU64,
+    new_chunks: AtomicU64,
+    new_bytes: AtomicU64,
+    stored_bytes: AtomicU64,
+    uploaded_bytes: AtomicU64,
+}
+
+/// An open pack and the budget that its bytes hold.
+#[derive(Debug)]
+struct OpenPack {
+    builder: PackBuilder,
+    permits: Vec<OwnedSemaphorePermit>,
+}
+
+#[derive(Debug, Default)]
+struct Writing {
+    own: HashMap<ChunkId, Place>,
+    refs: Refset,
+    open_data: Option<OpenPack>,
+    open_metadata: Option<OpenPack>,
+    next_pack: u32,
+    unpublished: Vec<SegmentEntry>,
+    unpublished_packs: u32,
+    next_segment: u32,
+    failed: Option<SessionError>,
+    closed: bool,
+}
+
+impl Writing {
+    fn open_pack(&mut self, kind: PackKind) -> &mut Option<OpenPack> {
+        match kind {
+            PackKind::Data => &mut self.open_data,
+            PackKind::Metadata => &mut self.open_metadata,
+        }
+    }
+}
+
+/// A registered session.
+#[derive(Debug)]
+pub struct Session {
+    shared: Arc<Shared>,
+    uploads: Mutex<JoinSet<()>>,
+    heartbeat: tokio::task::JoinHandle<()>,
+    saw: Vec<super::decision::SeenCommit>,
+    purpose: String,
+    host: String,
+}
+
+/// What upload tasks need of a session.
+#[derive(Debug)]
+struct Shared {
+    id: SessionId,
+    engine: Arc<Engine>,
+    ciphers: Arc<SessionCiphers>,
+    /// Frames sealed under the data key and under the manifest key: the nonces.
+    data_counter: AtomicU64,
+    metadata_counter: AtomicU64,
+    writing: Mutex<Writing>,
+    budget: Arc<Semaphore>,
+    counters: Counters,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.heartbeat.abort();
+    }
+}
+
+impl Session {
+    /// Registers a session.
+    pub(crate) async fn begin(engine: Arc<Engine>, options: SessionOptions) -> Result<Arc<Self>, SessionError> {
+        let id = SessionId::random();
+        let fail = |act| move |source: StoreError| SessionError::Store { session: id, act, source: Arc::new(source) };
+        let Registration { epoch, lane, slot } =
+            register(&*engine.store, engine.config.lanes, id).await.map_err(fail("register"))?;
+        if engine.has_expiry_marks().await.map_err(fail("look for expiry marks"))? {
+            return Err(SessionError::NeedsNewer);
+        }
+        let ciphers = engine.keys.create(id).await.map_err(|error| match error {
+            KeyRingError::Store(source) => fail("store its keys")(source),
+            KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
+        })?;
+        engine.index.refresh().await.map_err(fail("load the index"))?;
+        let saw = engine.commits.heads();
+        debug!(session = %id, epoch, lane, slot, purpose = options.purpose, "session registered");
+        let shared = Arc::new(Shared {
+            id,
+            ciphers,
+            data_counter: AtomicU64::new(0),
+            metadata_counter: AtomicU64::new(0),
+            writing: Mutex::default(),
+            budget: Arc::new(Semaphore::new(BUDGET_BYTES / PERMIT_BYTES)),
+            counters: Counters::default(),
+            engine,
+        });
+        let heartbeat = tokio::spawn(beat(Arc::clone(&shared)));
+        let host = if options.host.is_empty() { crate::snapshot::this_host() } else { options.host };
+        Ok(Arc::new(Self { shared, uploads: Mutex::default(), heartbeat, saw, purpose: options.purpose, host }))
+    }
+
+    /// The session's name.
+    pub fn id(&self) -> SessionId {
+        self.shared.id
+    }
+
+    /// What it did so far.
+    pub fn stats(&self) -> SessionStats {
+        let counters = &self.shared.counters;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        SessionStats {
+            chunks: read(&counters.chunks),
+            new_chunks: read(&counters.new_chunks),
+            new_bytes: read(&counters.new_bytes),
+            stored_bytes: read(&counters.stored_bytes),
+            uploaded_bytes: read(&counters.uploaded_bytes),
+        }
+    }
+
+    /// Uploads what is open, waits for all uploads and publishes the index segment.
+    async fn flush(&self) -> Result<(), SessionError> {
+        let open: Vec<_> = {
+            let mut writing = self.shared.usable()?;
+            [writing.open_data.take(), writing.open_metadata.take()].into_iter().flatten().collect()
+        };
+        for pack in open {
+            self.upload(pack);
+        }
+        let mut uploads = std::mem::take(&mut *self.uploads.lock().unwrap_or_else(PoisonError::into_inner));
+        while let Some(ended) = uploads.join_next().await {
+            ended.map_err(|error| SessionError::Worker { session: self.id(), what: error.to_string() })?;
+        }
+        drop(self.shared.usable()?);
+        self.shared.publish().await
+    }
+
+    fn upload(&self, pack: OpenPack) {
+        let shared = Arc::clone(&self.shared);
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ended tasks are taken out so that the set stays small; their failures are kept in the session.
+        while uploads.try_join_next().is_some() {}
+        uploads.spawn(async move {
+            if let Err(error) = shared.upload(pack).await {
+                shared.fail(error);
+            }
+        });
+    }
+
+    /// Commits: from now on the snapshots exist. All or none.
+    ///
+    /// A failure leaves the session open: [`Self::abort`] it.
+    pub async fn commit(self: Arc<Self>, snapshots: Vec<NewSnapshot>) -> Result<Vec<Snapshot>, SessionError> {
+        self.flush().await?;
+        let refs = std::mem::take(&mut self.shared.usable()?.refs);
+        let mut refsets = Vec::new();
+        for snapshot in &snapshots {
+            let bytes =
+                refs.to_bytes(snapshot.id).map_err(|_| SessionError::Seal { session: self.id(), what: "a refset" })?;
+            refsets.push(RefsetHash { snapshot: snapshot.id, hash: blake3::hash(&bytes).to_hex().to_string() });
+            self.shared.put(&refset_key(snapshot.id), bytes, "store a refset").await?;
+        }
+        let snapshots: Vec<_> = snapshots.into_iter().map(|snapshot| snapshot.commit(self.id(), &self.host)).collect();
+        let commit = Commit { snapshots, refsets, saw: self.saw.clone(), purpose: self.purpose.clone() };
+        let bytes = commit
+            .seal(self.id(), &self.shared.ciphers.structure)
+            .map_err(|_| SessionError::Seal { session: self.id(), what: "its commit" })?;
+        self.decide(bytes.clone(), "commit").await?;
+        self.shared.lock().closed = true;
+        self.shared.engine.commits.add_own(self.id(), &bytes, &commit);
+        self.end_heartbeats().await;
+        info!(session = %self.id(), snapshots = commit.snapshots.len(), "committed");
+        Ok(commit.snapshots)
+    }
+
+    /// Gives the session up: nothing of it becomes visible. What it uploaded is found again by later sessions.
+    pub async fn abort(&self, reason: &str) -> Result<(), SessionError> {
+        let mut uploads = std::mem::take(&mut *self.uploads.lock().unwrap_or_else(PoisonError::into_inner));
+        uploads.shutdown().await;
+        if std::mem::replace(&mut self.shared.lock().closed, true) {
+            return Err(SessionError::Closed { session: self.id() });
+        }
+        // Useful to later sessions only, so a failure here must not keep the session from being decided.
+        if let Err(error) = self.shared.publish().await {
+            debug!(session = %self.id(), %error, "the index of an aborted session was not published");
+        }
+        self.decide(Decision::abort_bytes(self.id(), reason), "abort").await?;
+        self.end_heartbeats().await;
+        info!(session = %self.id(), reason, "aborted");
+        Ok(())
+    }
+
+    async fn decide(&self, bytes: Vec<u8>, act: &'static str) -> Result<(), SessionError> {
+        let key = decision_key(self.id());
+        let store = &self.shared.engine.store;
+        let fail = |source| SessionError::Store { session: self.id(), act, source: Arc::new(source) };
+        if store.put_if_absent(&key, bytes.into()).await.map_err(fail)?.is_ours() {
+            return Ok(());
+        }
+        let decided = store.get(&key, MAX_DECISION_BYTES).await.map_err(fail)?;
+        match Decision::parse(self.id(), &decided) {
+            Ok(Decision::Abort(_)) if act == "abort" => Ok(()),
+            Ok(Decision::Abort(_)) => Err(SessionError::AbortedByAnother { session: self.id() }),
+            _ => Err(SessionError::Closed { session: self.id() }),
+        }
+    }
+
+    async fn end_heartbeats(&self) {
+        self.heartbeat.abort();
+        self.shared.engine.remove_heartbeats(self.id()).await;
+    }
+}
+
+/// Shows that the session lives, until it ends. Hints only: failures are harmless.
+async fn beat(shared: Arc<Shared>) {
+    for number in 0u64.. {
+        tokio::time::sleep(HEARTBEAT).await;
+        let key = format!("hb/{}/{number:08}", shared.id);
+        let now = crate::clock::now().to_string();
+        if let Err(error) = shared.engine.store.put_if_absent(&key, now.into_bytes().into()).await {
+            debug!(session = %shared.id, %error, "no heartbeat");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Writing> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, unless the session failed or ended.
+    fn usable(&self) -> Result<MutexGuard<'_, Writing>, SessionError> {
+        let writing = self.lock();
+        match &writing.failed {
+            Some(error) => Err(error.clone()),
+            None if writing.closed => Err(SessionError::Closed { session: self.id }),
+            None => Ok(writing),
+        }
+    }
+
+    fn fail(&self, error: SessionError) {
+        warn!(session = %self.id, %error, "an upload failed");
+        self.lock().failed.get_or_insert(error);
+    }
+
+    async fn put(&self, key: &str, bytes: Vec<u8>, act: &'static str) -> Result<(), SessionError> {
+        let outcome = self.engine.store.put_if_absent(key, bytes.into()).await;
+        match outcome {
+            Ok(outcome) if outcome.is_ours() => Ok(()),
+            // Keys hold a random id that is this session's alone: only this session can have made the object, and
+            // with other bytes only when a process was copied while it ran.
+            Ok(_) => Err(SessionError::Closed { session: self.id }),
+            Err(source) => Err(SessionError::Store { session: self.id, act, source: Arc::new(source) }),
+        }
+    }
+
+    async fn upload(&self, pack: OpenPack) -> Result<(), SessionError> {
+        let OpenPack { builder, permits } = pack;
+        let ciphers = Arc::clone(&self.ciphers);
+        let sealed = tokio::task::spawn_blocking(move || builder.seal(&ciphers.structure))
+            .await
+            .map_err(|error| SessionError::Worker { session: self.id, what: error.to_string() })?
+            .map_err(|_| SessionError::Seal { session: self.id, what: "a pack" })?;
+        let bytes = sealed.payload.len();
+        let key = crate::pack::pack_key(sealed.id);
+        let outcome = self.engine.store.put_if_absent(&key, sealed.payload.clone()).await;
+        match outcome {
+            Ok(outcome) if outcome.is_ours() => {}
+            Ok(_) => return Err(SessionError::Closed { session: self.id }),
+            Err(source) => {
+                return Err(SessionError::Store { session: self.id, act: "upload a pack", source: Arc::new(source) });
+            }
+        }
+        self.counters.uploaded_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let is_due = {
+            let mut writing = self.lock();
+            let seq = sealed.id.seq;
+            writing.unpublished.extend(sealed.entries().map(|(id, slot, plain_len)| SegmentEntry {
+                id,
+                seq,
+                slot,
+                plain_len,
+            }));
+            writing.unpublished_packs += 1;
+            writing.unpublished_packs >= PACKS_PER_SEGMENT
+        };
+        drop(permits);
+        if is_due { self.publish().await } else { Ok(()) }
+    }
+
+    /// Publishes an index segment for the packs uploaded since the last.
+    async fn publish(&self) -> Result<(), SessionError> {
+        let (entries, number) = {
+            let mut writing = self.lock();
+            if writing.unpublished.is_empty() {
+                return Ok(());
+            }
+            let number = writing.next_segment;
+            writing.next_segment += 1;
+            writing.unpublished_packs = 0;
+            (std::mem::take(&mut writing.unpublished), number)
+        };
+        let bytes = encode_segment(entries);
+        let key = segment_key(self.id, number);
+        self.put(&key, bytes.clone(), "publish its index").await?;
+        match Segment::parse(self.id, bytes.into()) {
+            Ok(segment) => self.engine.index.add(key, segment),
+            Err(error) => warn!(session = %self.id, %error, "an index segment does not read back"),
+        }
+        Ok(())
+    }
+
+    /// Where the repository has the chunk already, as the pack's own directory says.
+    async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
+        for place in self.engine.index.find(id) {
+            match self.engine.directories.slot(place.pack, id).await {
+                Ok(Some((place, entry, _))) if entry.expected.plain_len as usize == plain_len => {
+                    return Ok(Some(place));
+                }
+                Ok(_) => debug!(%place, "the index names a slot that holds another chunk"),
+                Err(error) => self.ignore_unless_store_fails(place, error)?,
+            }
+        }
+        Ok(None)
+    }
+
+    /// A pack that is gone or damaged is not used: the chunk is stored again. A store that fails is an error.
+    fn ignore_unless_store_fails(
+        &self,
+        place: Place,
+        error: crate::directories::DirectoryError,
+    ) -> Result<(), SessionError> {
+        use crate::directories::DirectoryError;
+        let source = match error {
+            DirectoryError::Store(source) | DirectoryError::Keys(KeyRingError::Store(source)) => source,
+            DirectoryError::Keys(error) => {
+                warn!(%place, %error, "a pack is not used for deduplication");
+                return Ok(());
+            }
+            DirectoryError::Damaged(error) => {
+                warn!(%place, %error, "a damaged pack is not used for deduplication");
+                return Ok(());
+            }
+        };
+        if matches!(source.class(), ErrorClass::NotFound | ErrorClass::Damaged) {
+            return Ok(());
+        }
+        Err(SessionError::Store { session: self.id, act: "look up a chunk", source: Arc::new(source) })
+    }
+
+    /// A number for a frame's nonce, never given twice under one key.
+    fn count(&self, kind: ChunkKind) -> Result<u32, SessionError> {
+        let counter = if kind.is_metadata() { &self.metadata_counter } else { &self.data_counter };
+        u32::try_from(counter.fetch_add(1, Ordering::Relaxed))
+            .map_err(|_| SessionError::Seal { session: self.id, what: "more than 2^32 chunks: split the backup" })
+    }
+
+    /// Compresses and seals on a worker thread, holding the budget that the sealed bytes need.
+    async fn seal(
+        &self,
+        kind: ChunkKind,
+        id: ChunkId,
+        plain: Bytes,
+    ) -> Result<(SealedFrame, OwnedSemaphorePermit), SessionError> {
+        let session = self.id;
+        let permits = u32::try_from(plain.len() / PERMIT_BYTES + 1).unwrap_or(u32::MAX);
+        let mut permit =
+            Arc::clone(&self.budget).acquire_many_owned(permits).await.map_err(|_| SessionError::Closed { session })?;
+        let counter = self.count(kind)?;
+        let ciphers = Arc::clone(&self.ciphers);
+        let seal = move || {
+            let cipher = ciphers.frame(kind).ok_or(SessionError::Seal { session, what: "a chunk" })?;
+            seal_frame(cipher, counter, kind, id, &plain, ZSTD_LEVEL)
+                .map_err(|_| SessionError::Seal { session, what: "a chunk" })
+        };
+        let frame = tokio::task::spawn_blocking(seal)
+            .await
+            .map_err(|error| SessionError::Worker { session, what: error.to_string() })??;
+        // What compression saved goes back to the budget; the rest is held until the pack is uploaded.
+        if let Some(saved) = permit.num_permits().checked_sub(frame.bytes.len() / PERMIT_BYTES + 1) {
+            drop(permit.split(saved));
+        }
+        Ok((frame, permit))
+    }
+
+    /// Appends the frame to the open pack of its kind; also gives back the pack when that filled it.
+    ///
+    /// `Err(place)`: another stream stored the same chunk meanwhile.
+    fn append(
+        &self,
+        frame: SealedFrame,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Result<(Place, Option<OpenPack>), Place>, SessionError> {
+        let mut writing = self.usable()?;
+        if let Some(place) = writing.own.get(&frame.id) {
+            return Ok(Err(*place));
+        }
+        let kind = if frame.kind.is_metadata() { PackKind::Metadata } else { PackKind::Data };
+        let open = writing.open_pack(kind).take();
+        let mut open = open.unwrap_or_else(|| {
+            let seq = writing.next_pack;
+            writing.next_pack += 1;
+            OpenPack { builder: PackBuilder::new(PackId { session: self.id, seq }, kind), permits: Vec::new() }
+        });
+        let id = frame.id;
+        let place = Place { pack: open.builder.id, slot: open.builder.push(frame) };
+        open.permits.push(permit);
+        writing.own.insert(id, place);
+        if open.builder.is_full() {
+            return Ok(Ok((place, Some(open))));
+        }
+        *writing.open_pack(kind) = Some(open);
+        Ok(Ok((place, None)))
+    }
+
+    /// Notes that the session refers to the place.
+    fn refer(&self, place: Place) {
+        self.counters.chunks.fetch_add(1, Ordering::Relaxed);
+        self.lock().refs.insert(place);
+    }
+}
+
+#[async_trait]
+impl ChunkSink for Session {
+    fn chunk_id(&self, plain: &[u8]) -> ChunkId {
+        self.shared.engine.chunk_id(plain)
+    }
+
+    fn chunker_key(&self) -> &[u8; 32] {
+        self.shared.engine.keys.domain().chunker.bytes()
+    }
+
+    async fn put(&self, kind: ChunkKind, id: ChunkId, plain: Bytes) -> Result<Put, SessionError> {
+        let shared = &self.shared;
+        if plain.len() > MAX_CHUNK_BYTES {
+            return Err(SessionError::ChunkTooLarge { id, len: plain.len(), limit: MAX_CHUNK_BYTES });
+        }
+        // At most 16 MiB: fits.
+        let len = u32::try_from(plain.len()).unwrap_or(u32::MAX);
+        let known = shared.usable()?.own.get(&id).copied();
+        let known = match known {
+            Some(place) => Some(place),
+            None => shared.find(&id, plain.len()).await?,
+        };
+        if let Some(place) = known {
+            shared.refer(place);
+            return Ok(Put { chunk: ChunkRef { id, len, place }, new: false, stored: 0 });
+        }
+        let (frame, permit) = shared.seal(kind, id, plain).await?;
+        let stored = u32::try_from(frame.bytes.len()).unwrap_or(u32::MAX);
+        let place = match shared.append(frame, permit)? {
+            Ok((place, full)) => {
+                if let Some(pack) = full {
+                    self.upload(pack);
+                }
+                place
+            }
+            Err(place) => {
+                shared.refer(place);
+                return Ok(Put { chunk: ChunkRef { id, len, place }, new: false, stored: 0 });
+            }
+        };
+        shared.refer(place);
+        let counters = &shared.counters;
+        counters.new_chunks.fetch_add(1, Ordering::Relaxed);
+        counters.new_bytes.fetch_add(u64::from(len), Ordering::Relaxed);
+        counters.stored_bytes.fetch_add(u64::from(stored), Ordering::Relaxed);
+        Ok(Put { chunk: ChunkRef { id, len, place }, new: true, stored })
+    }
+
+    fn inherit(&self, chunk: &ChunkRef) -> bool {
+        // Nothing is condemned yet: a session does not begin in a repository with expiry marks.
+        self.shared.refer(chunk.place);
+        true
+    }
+}
