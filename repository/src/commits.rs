@@ -14,6 +14,7 @@ use crate::keyring::{KeyRing, KeyRingError};
 use crate::session::decision::{
     Commit, DECISION_PREFIX, Decision, DecisionError, MAX_DECISION_BYTES, SeenCommit, decision_key, parse_decision_key,
 };
+use crate::snapshot::Snapshot;
 use crate::store::{Store, StoreError};
 
 /// Decisions fetched at once.
@@ -138,6 +139,13 @@ impl CommitLog {
             .filter(|(session, _)| !named.contains(session))
             .map(|(session, committed)| SeenCommit { session: *session, hash: committed.hash.clone() })
             .collect()
+    }
+
+    /// The hash of the refset that was committed with a snapshot.
+    pub(crate) fn refset_hash(&self, snapshot: &Snapshot) -> Option<String> {
+        let known = self.known();
+        let committed = known.get(&snapshot.session)?.as_ref()?;
+        committed.commit.refsets.iter().find(|refset| refset.snapshot == snapshot.id).map(|refset| refset.hash.clone())
     }
 
     /// Commits that others saw but that are not there now, or are there with other bytes.
