@@ -1,2 +1,116 @@
-//! Placeholder head.
-fn main() {}
+//! `lifeboat-controller`: decides what is backed up and restored, when and in which order.
+
+mod backup;
+mod context;
+mod hooks;
+mod lease;
+mod metrics;
+mod object;
+mod policy;
+mod recovery_point;
+mod repository;
+mod restore;
+mod task;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow};
+use clap::Parser;
+use lifeboat_process::access::RepositoryAccess;
+use lifeboat_process::server::{self, Readiness};
+use lifeboat_process::telemetry::{self, LogFormat};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+use crate::context::Context;
+
+/// Decides what is backed up and restored, when and in which order.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Options {
+    /// The namespace that Lifeboat is installed in.
+    #[arg(long, env = "POD_NAMESPACE")]
+    namespace: String,
+    /// The name of this controller's pod, by which it holds the Lease.
+    #[arg(long, env = "POD_NAME")]
+    pod: String,
+    /// The image that restore pods run.
+    #[arg(long, env = "LIFEBOAT_IMAGE")]
+    image: String,
+    /// How restore pods pull it.
+    #[arg(long, default_value = "IfNotPresent")]
+    image_pull_policy: String,
+    /// Where small objects of repositories are kept.
+    #[arg(long, env = "LIFEBOAT_CACHE_DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Where metrics are served.
+    #[arg(long, default_value = "0.0.0.0:8080")]
+    metrics_addr: SocketAddr,
+    /// Where health is served.
+    #[arg(long, default_value = "0.0.0.0:8081")]
+    health_addr: SocketAddr,
+    /// The form of log lines.
+    #[arg(long, value_enum, default_value_t = LogFormat::Json)]
+    log_format: LogFormat,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = Options::parse();
+    telemetry::start(options.log_format);
+    let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
+    let mut registry = prometheus_client::registry::Registry::with_prefix("lifeboat");
+    let context = Arc::new(Context {
+        access: RepositoryAccess::new(client.clone(), options.namespace.clone(), options.cache_dir),
+        events: context::Events::new(client.clone(), &options.pod),
+        metrics: metrics::Metrics::register(&mut registry),
+        namespace: options.namespace.clone(),
+        image: options.image,
+        image_pull_policy: options.image_pull_policy,
+        cluster: tokio::sync::OnceCell::new(),
+        client: client.clone(),
+    });
+    let readiness = Readiness::default();
+    let leader = lease::Lease::new(client, &options.namespace, &options.pod);
+    info!(version = env!("CARGO_PKG_VERSION"), "controller started");
+    let serve = server::serve(options.health_addr, options.metrics_addr, readiness.clone(), registry);
+    let lead = async {
+        // A standby is ready: it answers health checks and takes over by itself.
+        readiness.set(true);
+        leader.acquire().await;
+        info!("leading");
+        tokio::select! {
+            lost = leader.keep() => lost,
+            () = control(&context) => Err(anyhow!("the controllers ended unexpectedly")),
+        }
+    };
+    let ended = tokio::select! {
+        ended = serve => ended,
+        ended = lead => ended,
+        ended = told_to_end() => ended,
+    };
+    leader.release().await;
+    ended
+}
+
+async fn told_to_end() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Runs one control loop a kind.
+async fn control(context: &Arc<Context>) {
+    tokio::join!(
+        repository::control(Arc::clone(context)),
+        policy::control(Arc::clone(context)),
+        backup::control(Arc::clone(context)),
+        restore::control(Arc::clone(context)),
+    );
+}

@@ -168,6 +168,13 @@ names! {
     }
 }
 
+impl Reason {
+    /// The reason of a text that a condition holds; [`Reason::InternalError`] for one that this version does not know.
+    pub fn from_text(text: &str) -> Self {
+        Self::ALL.iter().copied().find(|reason| reason.as_str() == text).unwrap_or(Self::InternalError)
+    }
+}
+
 /// The three states of a condition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {

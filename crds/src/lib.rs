@@ -39,12 +39,16 @@ pub mod labels {
     pub const POLICY: &str = "lifeboat.dev/policy";
     /// On child objects: the UID of the `Backup` or `Restore` that owns them.
     pub const OWNER_UID: &str = "lifeboat.dev/owner-uid";
+    /// On child objects: kind and name of the owner, as `Backup/nightly-1`. An annotation.
+    pub const OWNER: &str = "lifeboat.dev/owner";
     /// On a `VolumeTask` and a restore pod: the name of the persistent volume claim (shortened to a label's length).
     pub const CLAIM: &str = "lifeboat.dev/claim";
     /// On a scheduled `Backup`: the time that it was due, RFC 3339. An annotation.
     pub const SCHEDULED_AT: &str = "lifeboat.dev/scheduled-at";
     /// On restored objects: the id of the recovery point that they came from. An annotation.
     pub const RESTORED_FROM: &str = "lifeboat.dev/restored-from";
+    /// On a `Backup` or `Restore` that runs: what it froze is thawed and what it made is removed before it goes. A finalizer.
+    pub const FINALIZER: &str = "lifeboat.dev/run";
     /// `lifeboat`, on every object that Lifeboat makes for itself, which captures therefore leave out.
     pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 }

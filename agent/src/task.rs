@@ -1,0 +1,272 @@
+//! Does one task: opens the repository, reads or writes the volume, reports.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use kube::Api;
+use lifeboat_crds::VolumeTask;
+use lifeboat_crds::backup::Transfer;
+use lifeboat_crds::conditions::Reason;
+use lifeboat_crds::volume_task::{BackupOperation, Operation, RestoreOperation, TaskResult};
+use lifeboat_process::access::RepositoryAccess;
+use lifeboat_repository::backup::{self, TreeBackup};
+use lifeboat_repository::id::SessionId;
+use lifeboat_repository::progress::Progress;
+use lifeboat_repository::repository::Repository;
+use lifeboat_repository::restore::{self, Existing, RestoreOptions};
+use lifeboat_repository::session::SessionOptions;
+use tracing::{Instrument, info, info_span, warn};
+
+use crate::metrics::Metrics;
+use crate::outcome::{Failure, sample};
+use crate::report::Reporter;
+use crate::volume::{self, Mounted};
+
+/// A task is given up after this many attempts, its agents having died in all of them.
+const MAX_ATTEMPTS: u32 = 5;
+/// How often it is looked whether the volume is still mounted.
+const MOUNT_CHECK: Duration = Duration::from_secs(1);
+/// Before the next attempt after a failure that may pass: this long times the attempts so far.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// What all tasks of this agent share.
+pub(crate) struct Worker {
+    pub(crate) tasks: Api<VolumeTask>,
+    pub(crate) access: RepositoryAccess,
+    /// The UID of this agent's pod.
+    pub(crate) agent: String,
+    pub(crate) node: String,
+    pub(crate) kubelet_dir: PathBuf,
+    pub(crate) metrics: Metrics,
+}
+
+impl Worker {
+    /// Does the task and writes how it ended.
+    pub(crate) async fn run(&self, task: VolumeTask, progress: Arc<Progress>) {
+        let name = task.metadata.name.clone().unwrap_or_default();
+        let span =
+            info_span!("task", task = name, claim = task.spec.volume.claim, namespace = task.spec.volume.namespace);
+        self.metrics.running.inc();
+        self.attempt(task, progress).instrument(span).await;
+        self.metrics.running.dec();
+    }
+
+    async fn attempt(&self, task: VolumeTask, progress: Arc<Progress>) {
+        let mut reporter = Reporter::new(self.tasks.clone(), &task);
+        let outcome = loop {
+            let before = reporter.status().clone();
+            if before.attempts >= MAX_ATTEMPTS {
+                let message = format!(
+                    "the agents died in all of {MAX_ATTEMPTS} attempts; see the logs and memory limits of the agents"
+                );
+                reporter.end(Err(Failure::new(Reason::AgentLost, message))).await;
+                return;
+            }
+            if let Err(error) = reporter.begin(&self.agent).await {
+                warn!(%error, "the task cannot be begun");
+                return;
+            }
+            let outcome = self.perform(&task, before.session, &mut reporter, &progress).await;
+            match &outcome {
+                Err(failure)
+                    if failure.may_pass && !progress.is_cancelled() && reporter.status().attempts < MAX_ATTEMPTS =>
+                {
+                    warn!(reason = failure.reason.as_str(), message = failure.message, "failed; it is tried again");
+                    tokio::time::sleep(RETRY_PAUSE * reporter.status().attempts).await;
+                }
+                _ => break outcome,
+            }
+        };
+        if progress.is_cancelled() && outcome.as_ref().is_err_and(|failure| failure.reason == Reason::Cancelled) {
+            // The task was deleted: there is no status to write.
+            info!("stopped");
+            return;
+        }
+        match &outcome {
+            Ok(result) => {
+                info!(
+                    snapshot = result.snapshot,
+                    read = result.transfer.read_bytes,
+                    stored = result.transfer.stored_bytes,
+                    "done"
+                );
+                self.metrics.succeeded.inc();
+                self.metrics.read_bytes.inc_by(result.transfer.read_bytes);
+                self.metrics.stored_bytes.inc_by(result.transfer.stored_bytes);
+                self.metrics.skipped_files.inc_by(result.skipped);
+            }
+            Err(failure) => {
+                warn!(reason = failure.reason.as_str(), message = failure.message, "failed");
+                self.metrics.failed.inc();
+            }
+        }
+        reporter.end(outcome).await;
+    }
+
+    async fn perform(
+        &self,
+        task: &VolumeTask,
+        earlier: Option<String>,
+        reporter: &mut Reporter,
+        progress: &Arc<Progress>,
+    ) -> Result<TaskResult, Failure> {
+        let spec = &task.spec;
+        let left = spec.deadline.0.duration_since(jiff::Timestamp::now());
+        let left = Duration::try_from(left)
+            .map_err(|_| Failure::new(Reason::TimedOut, "the task's deadline was over before it began"))?;
+        let mounted = volume::find(&self.kubelet_dir, &spec.volume)?;
+        let access = &spec.repository;
+        let repository = self.access.open(&access.backend, &access.encryption_secret, Some(&access.id)).await?;
+        if let Some(session) = earlier {
+            abort_earlier(&repository, &session).await?;
+        }
+        let work = async {
+            match &spec.operation {
+                Operation::Backup(operation) => {
+                    self.back_up(&repository, &mounted, operation, reporter, progress).await
+                }
+                Operation::Restore(operation) => restore(&repository, &mounted, operation, reporter, progress).await,
+            }
+        };
+        let stopped = Arc::new(OnceLock::new());
+        let guard = tokio::spawn(guard(
+            mounted.clone(),
+            spec.volume.pod.clone(),
+            left,
+            Arc::clone(progress),
+            Arc::clone(&stopped),
+        ));
+        // The work is never dropped half-way: it is told to stop, and then decides its session itself.
+        let outcome = work.await;
+        guard.abort();
+        match stopped.get() {
+            Some(failure) => Err(failure.clone()),
+            None if mounted.is_still_there() => outcome,
+            None => Err(volume::VolumeError::PodGone { pod: spec.volume.pod.clone() }.into()),
+        }
+    }
+
+    async fn back_up(
+        &self,
+        repository: &Repository,
+        mounted: &Mounted,
+        operation: &BackupOperation,
+        reporter: &mut Reporter,
+        progress: &Arc<Progress>,
+    ) -> Result<TaskResult, Failure> {
+        let parent =
+            repository.latest_of(&operation.lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+        let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
+        let session = repository.begin(options).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+        if let Err(error) = reporter.session(session.id().to_string()).await {
+            let failure = Failure::new(Reason::InternalError, format!("the session cannot be noted: {error}"));
+            session.abort(&failure.message).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+            return Err(failure);
+        }
+        let plan = TreeBackup {
+            lineage: operation.lineage.clone(),
+            tags: operation.tags.clone(),
+            parent: parent.clone(),
+            host: self.node.clone(),
+            one_file_system: true,
+            ..TreeBackup::default()
+        };
+        let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
+        let report = backup::tree_in(session, repository, &mounted.path, plan, Arc::clone(progress)).await;
+        reporting.abort();
+        let report =
+            report.map_err(|error| stopped(progress).unwrap_or_else(|| Failure::of(&error, Reason::ReadFailed)))?;
+        let snapshot = &report.snapshot;
+        Ok(TaskResult {
+            snapshot: snapshot.id.to_string(),
+            parent: parent.map(|parent| parent.id.to_string()),
+            transfer: Transfer {
+                files: snapshot.counts.files,
+                bytes: snapshot.counts.bytes,
+                read_bytes: snapshot.stats.read_bytes,
+                new_bytes: snapshot.stats.new_bytes,
+                stored_bytes: snapshot.stats.stored_bytes,
+                millis: snapshot.stats.duration_ms,
+            },
+            skipped: snapshot.counts.skipped,
+            skipped_sample: sample(
+                report.skipped.iter().map(|skipped| (skipped.path.as_slice(), skipped.reason.to_string())),
+            ),
+        })
+    }
+}
+
+/// A predecessor may still run somewhere; after this its session cannot commit.
+async fn abort_earlier(repository: &Repository, session: &str) -> Result<(), Failure> {
+    let Ok(session) = session.parse::<SessionId>() else { return Ok(()) };
+    let outcome = repository
+        .abort_session(session, "taken over by another agent")
+        .await
+        .map_err(|error| Failure::of(&error, Reason::InternalError))?;
+    info!(%session, ?outcome, "an earlier attempt was decided");
+    Ok(())
+}
+
+/// Stops the work when its deadline is over or its volume is gone.
+async fn guard(
+    mounted: Mounted,
+    pod: String,
+    left: Duration,
+    progress: Arc<Progress>,
+    stopped: Arc<OnceLock<Failure>>,
+) {
+    let end = Instant::now() + left;
+    let failure = loop {
+        tokio::time::sleep(MOUNT_CHECK).await;
+        if Instant::now() >= end {
+            break Failure::new(
+                Reason::TimedOut,
+                "the task did not end by its deadline; it is safe to start another backup",
+            );
+        }
+        if !mounted.is_still_there() {
+            break volume::VolumeError::PodGone { pod }.into();
+        }
+    };
+    stopped.get_or_init(|| failure);
+    progress.cancel();
+}
+
+/// Why the work was stopped from outside, if it was.
+fn stopped(progress: &Progress) -> Option<Failure> {
+    progress.is_cancelled().then(|| Failure::new(Reason::Cancelled, "the task was deleted"))
+}
+
+async fn restore(
+    repository: &Repository,
+    mounted: &Mounted,
+    operation: &RestoreOperation,
+    reporter: &Reporter,
+    progress: &Arc<Progress>,
+) -> Result<TaskResult, Failure> {
+    let began = Instant::now();
+    let snapshot =
+        repository.find(&operation.snapshot).await.map_err(|error| Failure::of(&error, Reason::WriteFailed))?;
+    let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
+    // Another attempt may have written a part: the claim was made for this restore and belongs to nobody else.
+    let options = RestoreOptions { existing: Existing::Overwrite, owner: true, ..RestoreOptions::default() };
+    let report = restore::tree(repository, &snapshot, &mounted.path, options, Arc::clone(progress)).await;
+    reporting.abort();
+    let report =
+        report.map_err(|error| stopped(progress).unwrap_or_else(|| Failure::of(&error, Reason::WriteFailed)))?;
+    Ok(TaskResult {
+        snapshot: snapshot.id.to_string(),
+        parent: None,
+        transfer: Transfer {
+            files: report.counts.files,
+            bytes: report.counts.bytes,
+            read_bytes: report.counts.bytes,
+            new_bytes: 0,
+            stored_bytes: 0,
+            millis: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        },
+        skipped: report.failed.len() as u64,
+        skipped_sample: sample(report.failed.iter().map(|failed| (failed.path.as_slice(), failed.to_string()))),
+    })
+}

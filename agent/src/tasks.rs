@@ -1,0 +1,82 @@
+//! Watches this node's tasks: begins them, a bounded number at once, and stops those that are deleted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use futures::TryStreamExt;
+use kube::runtime::{WatchStreamExt, watcher};
+use lifeboat_crds::VolumeTask;
+use lifeboat_crds::conditions::is_finished;
+use lifeboat_process::server::Readiness;
+use lifeboat_repository::progress::Progress;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::task::Worker;
+
+/// Works until the watch fails for good, which it does not.
+pub(crate) async fn work(worker: Arc<Worker>, at_once: usize, readiness: Readiness) -> Result<()> {
+    let mine = watcher::Config::default().fields(&format!("spec.nodeName={}", worker.node));
+    let mut events = std::pin::pin!(watcher(worker.tasks.clone(), mine).default_backoff());
+    let room = Arc::new(Semaphore::new(at_once));
+    let mut begun: HashMap<String, Arc<Progress>> = HashMap::new();
+    let mut running: JoinSet<String> = JoinSet::new();
+    loop {
+        tokio::select! {
+            event = events.try_next() => match event {
+                Ok(Some(watcher::Event::Apply(task) | watcher::Event::InitApply(task))) => {
+                    begin_or_stop(&worker, &room, &mut begun, &mut running, task);
+                }
+                Ok(Some(watcher::Event::Delete(task))) => stop(&begun, &task),
+                Ok(Some(watcher::Event::InitDone)) => readiness.set(true),
+                Ok(Some(watcher::Event::Init)) => {}
+                Ok(None) => return Ok(()),
+                Err(error) => warn!(%error, "the watch of tasks failed; it is tried again"),
+            },
+            Some(ended) = running.join_next() => match ended {
+                Ok(uid) => {
+                    begun.remove(&uid);
+                }
+                Err(error) => warn!(%error, "a task ended unexpectedly"),
+            },
+        }
+    }
+}
+
+fn begin_or_stop(
+    worker: &Arc<Worker>,
+    room: &Arc<Semaphore>,
+    begun: &mut HashMap<String, Arc<Progress>>,
+    running: &mut JoinSet<String>,
+    task: VolumeTask,
+) {
+    if task.metadata.deletion_timestamp.is_some() {
+        stop(begun, &task);
+        return;
+    }
+    let Some(uid) = task.metadata.uid.clone() else { return };
+    let is_done = task.status.as_ref().is_some_and(|status| is_finished(&status.conditions));
+    if is_done || begun.contains_key(&uid) {
+        return;
+    }
+    let progress = Arc::new(Progress::default());
+    begun.insert(uid.clone(), Arc::clone(&progress));
+    let (worker, room) = (Arc::clone(worker), Arc::clone(room));
+    running.spawn(async move {
+        // The semaphore is never closed.
+        let _place = room.acquire().await;
+        if !progress.is_cancelled() {
+            worker.run(task, progress).await;
+        }
+        uid
+    });
+}
+
+fn stop(begun: &HashMap<String, Arc<Progress>>, task: &VolumeTask) {
+    if let Some(progress) = task.metadata.uid.as_ref().and_then(|uid| begun.get(uid)) {
+        info!(task = task.metadata.name, "the task was deleted; it is stopped");
+        progress.cancel();
+    }
+}

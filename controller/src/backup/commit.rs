@@ -1,0 +1,196 @@
+//! The last step: one recovery point that names all snapshots of the backup. Only then has the backup succeeded.
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::{Api, ResourceExt};
+use lifeboat_crds::backup::{Consistency, Phase};
+use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
+use lifeboat_crds::plan::VolumeMethod;
+use lifeboat_process::access::AccessError;
+use lifeboat_repository::backup;
+use lifeboat_repository::id::SnapshotId;
+use lifeboat_repository::repository::Repository;
+use lifeboat_repository::snapshot::{Content, Counts, Snapshot};
+use tracing::info;
+
+use super::Run;
+use crate::context::Context;
+use crate::recovery_point::{Description, SCHEMA, Volume, lineage, tags};
+
+impl Run {
+    /// The pinned repository, opened.
+    pub(super) async fn open_repository(&self, context: &Context) -> Result<Result<Repository, AccessError>> {
+        let pinned = self.status.repository.as_ref().context("no repository is pinned")?;
+        let api: Api<lifeboat_crds::ClusterRepository> = Api::all(context.client.clone());
+        let Some(repository) = api.get_opt(&pinned.name).await.context("cannot read the ClusterRepository")? else {
+            let message = format!("the ClusterRepository `{}` was deleted", pinned.name);
+            return Ok(Err(AccessError { reason: Reason::RepositoryNotFound, message }));
+        };
+        let spec = &repository.spec;
+        Ok(context.access.open(&spec.backend, &spec.encryption.secret_ref, Some(&pinned.id)).await)
+    }
+}
+
+/// What the content may be relied upon for.
+fn consistency(run: &Run) -> Consistency {
+    let held = conditions::is_true(&run.status.conditions, ConditionType::Quiesced);
+    // Without a freeze, files were read one after the other while the application ran.
+    if held { Consistency::Application } else { Consistency::None }
+}
+
+fn snapshot_id(text: Option<&String>) -> Result<SnapshotId> {
+    text.context("a snapshot is not noted")?.parse().context("a noted snapshot id is malformed")
+}
+
+async fn describe(run: &Run, context: &Context) -> Result<Description> {
+    let namespace =
+        Api::<Namespace>::all(context.client.clone()).get(&run.namespace).await.context("cannot read the namespace")?;
+    let mut volumes = Vec::new();
+    for volume in run.status.volumes.iter().filter(|volume| volume.method == VolumeMethod::Live) {
+        volumes.push(Volume { claim: volume.claim.clone(), snapshot: snapshot_id(volume.snapshot.as_ref())? });
+    }
+    Ok(Description {
+        schema: SCHEMA,
+        cluster: context.cluster().await?.to_owned(),
+        namespace: run.namespace.clone(),
+        namespace_uid: namespace.uid().unwrap_or_default(),
+        backup: run.name.clone(),
+        backup_uid: run.uid.clone(),
+        policy: run.backup.spec.policy_ref.as_ref().map(|policy| policy.name.clone()),
+        consistency: consistency(run),
+        freeze_millis: run.status.quiesce.as_ref().and_then(|quiesce| quiesce.freeze_millis),
+        objects: snapshot_id(run.status.objects.as_ref().and_then(|objects| objects.snapshot.as_ref()))?,
+        volumes,
+        skipped: run.status.volumes.iter().map(|volume| volume.skipped).sum(),
+    })
+}
+
+/// The recovery point that an earlier life of this controller committed before it could say so.
+fn committed_before(snapshots: &[Snapshot], uid: &str) -> Option<Snapshot> {
+    let is_ours = |snapshot: &&Snapshot| {
+        matches!(snapshot.content, Content::RecoveryPoint { .. })
+            && snapshot.tags.get(tags::BACKUP_UID).is_some_and(|found| found == uid)
+    };
+    snapshots.iter().find(is_ours).cloned()
+}
+
+/// Commits the recovery point and ends the backup well.
+pub(super) async fn commit(run: &mut Run, context: &Context) -> Result<()> {
+    let repository = match run.open_repository(context).await? {
+        Ok(repository) => repository,
+        Err(error) => return run.fail(context, error.reason, error.message).await,
+    };
+    let description = describe(run, context).await?;
+    let snapshots = match repository.snapshots().await {
+        Ok(snapshots) => snapshots,
+        Err(error) => return fail_with(run, context, &AccessError::from_repository(&error)).await,
+    };
+    let point = match committed_before(&snapshots, &run.uid) {
+        Some(point) => point,
+        None => {
+            let mut counts = Counts::default();
+            for member in description.members() {
+                if let Some(member) = snapshots.iter().find(|snapshot| snapshot.id == member) {
+                    counts.files += member.counts.files;
+                    counts.directories += member.counts.directories;
+                    counts.others += member.counts.others;
+                    counts.bytes += member.counts.bytes;
+                    counts.skipped += member.counts.skipped;
+                } else {
+                    let message = format!("the snapshot {member} is not in the repository any more");
+                    return run.fail(context, Reason::RepositoryDamaged, message).await;
+                }
+            }
+            let json = serde_json::to_value(&description)?;
+            let lineage = lineage(&description.cluster, &run.namespace);
+            match backup::recovery_point(&repository, lineage, description.tags(), description.members(), json, counts)
+                .await
+            {
+                Ok(point) => point,
+                Err(error) => return fail_with(run, context, &AccessError::from_repository(&error)).await,
+            }
+        }
+    };
+    succeed(run, context, &description, &point).await
+}
+
+async fn fail_with(run: &mut Run, context: &Context, error: &AccessError) -> Result<()> {
+    run.fail(context, error.reason, format!("the recovery point was not committed: {}", error.message)).await
+}
+
+async fn succeed(run: &mut Run, context: &Context, description: &Description, point: &Snapshot) -> Result<()> {
+    let now = Timestamp::now();
+    let objects = run.status.stored_bytes.unwrap_or(0);
+    let transfers = || run.status.volumes.iter().filter_map(|volume| volume.transfer);
+    let (read, stored): (u64, u64) =
+        transfers().fold((0, 0), |(read, stored), t| (read + t.read_bytes, stored + t.stored_bytes));
+    run.status.read_bytes = Some(read);
+    run.status.stored_bytes = Some(objects + stored);
+    run.status.consistency = Some(description.consistency);
+    run.status.recovery_point = Some(point.id.to_string());
+    run.status.completion_time = Some(Time(now));
+    run.set(ConditionType::Captured, State::True, Reason::Done, "objects and volumes are in the repository");
+    let unread: Vec<_> = run.status.volumes.iter().filter(|volume| volume.skipped > 0).collect();
+    let (phase, reason, message) = if unread.is_empty() {
+        let message = format!("recovery point {} is committed", point.id);
+        (Phase::Succeeded, Reason::Completed, message)
+    } else {
+        let named: Vec<_> = unread
+            .iter()
+            .map(|volume| {
+                let first =
+                    volume.skipped_sample.first().map(|file| format!(", the first: {}: {}", file.path, file.reason));
+                format!("{} of {}{}", volume.skipped, volume.claim, first.unwrap_or_default())
+            })
+            .collect();
+        let message =
+            format!("recovery point {} is committed, but files could not be read: {}", point.id, named.join("; "));
+        (Phase::Partial, Reason::UnreadFiles, message)
+    };
+    run.status.phase = phase;
+    run.set(ConditionType::Succeeded, State::True, reason, message.clone());
+    run.save(context).await?;
+    info!(recovery_point = %point.id, read, stored, "succeeded");
+    context.metrics.backups_succeeded.inc();
+    if let Some(start) = &run.status.start_time {
+        context.metrics.backup_seconds.observe(now.duration_since(start.0).as_secs_f64());
+    }
+    if phase == Phase::Partial {
+        context.events.warning(&run.backup, reason, message).await;
+    } else {
+        context.events.normal(&run.backup, reason, message).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn point(uid: &str, content: Content) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::random(),
+            session: lifeboat_repository::id::SessionId::random(),
+            time: Timestamp::UNIX_EPOCH,
+            lineage: "l".into(),
+            tags: BTreeMap::from([(tags::BACKUP_UID.to_owned(), uid.to_owned())]),
+            host: String::new(),
+            parent: None,
+            content,
+            counts: Counts::default(),
+            stats: lifeboat_repository::snapshot::WriteStats::default(),
+        }
+    }
+
+    #[test]
+    fn an_earlier_commit_is_adopted_and_a_volume_is_not_taken_for_it() {
+        let recovery = Content::RecoveryPoint { members: vec![], description: serde_json::Value::Null };
+        let tree = Content::Tree { root: vec![], skipped: vec![] };
+        let all = [point("mine", tree), point("other", recovery.clone()), point("mine", recovery)];
+        assert_eq!(committed_before(&all, "mine").map(|found| found.id), Some(all[2].id));
+        assert!(committed_before(&all[..2], "mine").is_none());
+    }
+}

@@ -1,0 +1,322 @@
+//! `Backup`: resolves a plan, captures objects, freezes, has volumes read, thaws, commits the recovery point.
+//!
+//! Every step relies only on facts that were written down before it: a controller that starts anywhere in between
+//! reads them and goes on.
+
+mod capture;
+mod commit;
+mod decide;
+mod quiesce;
+mod resolve;
+
+pub(crate) use capture::offered as capture_resources;
+
+/// What a namespace may do with a repository, for backups and restores alike.
+pub(crate) mod refusal {
+    pub(crate) use super::resolve::{Refusal, repository, unready_message};
+}
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt};
+use lifeboat_crds::backup::{Phase, VolumeBackupStatus};
+use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
+use lifeboat_crds::plan::VolumeMethod;
+use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
+use lifeboat_crds::{Backup, BackupStatus, ClusterRepository, VolumeTask, labels};
+use serde_json::json;
+use tracing::{Instrument, info, info_span, warn};
+
+use self::decide::{Facts, Step, next_step};
+use crate::context::{Context, ReconcileError, on_error};
+use crate::recovery_point::{backup_tags, tags, volume_lineage};
+use crate::task::{self, Order, Standing};
+
+/// A volume's task ends by then.
+const TASK_LIMIT: jiff::SignedDuration = jiff::SignedDuration::from_hours(4);
+/// A running backup is looked at again at the latest after this: pods may vanish without a word.
+const LOOK_AGAIN: Duration = Duration::from_secs(3);
+
+/// Runs the control loop.
+pub(crate) async fn control(context: Arc<Context>) {
+    let backups: Api<Backup> = Api::all(context.client.clone());
+    let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
+    Controller::new(backups, watcher::Config::default())
+        .watches(tasks, watcher::Config::default(), |task| {
+            let (namespace, name) = task::owner(&task, "Backup")?;
+            Some(ObjectRef::new(&name).within(&namespace))
+        })
+        .run(reconcile, on_error, context)
+        .for_each(|_| async {})
+        .await;
+}
+
+/// One backup while it is worked on: the object, and the status as it will be written next.
+pub(crate) struct Run {
+    pub(crate) backup: Backup,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) status: BackupStatus,
+}
+
+impl Run {
+    fn new(backup: Backup) -> Self {
+        Self {
+            namespace: backup.namespace().unwrap_or_default(),
+            name: backup.name_any(),
+            uid: backup.uid().unwrap_or_default(),
+            status: backup.status.clone().unwrap_or_default(),
+            backup,
+        }
+    }
+
+    pub(crate) fn set(&mut self, type_: ConditionType, state: State, reason: Reason, message: impl Into<String>) {
+        let generation = self.backup.metadata.generation;
+        self.status.observed_generation = generation;
+        conditions::set(&mut self.status.conditions, type_, state, reason, message, generation, Timestamp::now());
+    }
+
+    /// Writes the status.
+    pub(crate) async fn save(&self, context: &Context) -> Result<()> {
+        context.write_status(&self.backup, &self.status).await
+    }
+
+    /// Ends the backup badly.
+    pub(crate) async fn fail(&mut self, context: &Context, reason: Reason, message: String) -> Result<()> {
+        warn!(reason = reason.as_str(), message, "failed");
+        self.status.phase = Phase::Failed;
+        self.status.completion_time = Some(Time(Timestamp::now()));
+        self.set(ConditionType::Succeeded, State::False, reason, message.clone());
+        self.save(context).await?;
+        context.metrics.backups_failed.inc();
+        context.events.warning(&self.backup, reason, message).await;
+        Ok(())
+    }
+
+    /// The tags of everything that this backup writes.
+    pub(crate) fn tags(&self, cluster: &str) -> BTreeMap<String, String> {
+        let policy = self.backup.spec.policy_ref.as_ref().map(|policy| policy.name.as_str());
+        backup_tags(cluster, &self.namespace, &self.name, &self.uid, policy)
+    }
+}
+
+async fn reconcile(seen: Arc<Backup>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    let span = info_span!("backup", namespace = seen.namespace(), backup = seen.name_any());
+    Ok(work(&seen, &context).instrument(span).await?)
+}
+
+/// Takes steps until there is nothing to do but wait.
+async fn work(seen: &Backup, context: &Context) -> Result<Action> {
+    let api = context.namespaced::<Backup>(&seen.namespace().unwrap_or_default());
+    // What the watch shows may be older than what this controller wrote last; a freeze must not happen twice.
+    let Some(backup) = api.get_opt(&seen.name_any()).await.context("cannot read the Backup")? else {
+        return Ok(Action::await_change());
+    };
+    let mut run = Run::new(backup);
+    loop {
+        let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
+        if run.status.plan.is_some() && !conditions::is_finished(&run.status.conditions) {
+            observe_tasks(&mut run, &tasks);
+        }
+        let vanished = vanished_pod(&run, context).await?;
+        let facts = Facts {
+            is_deleted: run.backup.metadata.deletion_timestamp.is_some(),
+            has_finalizer: run.backup.finalizers().iter().any(|one| one == labels::FINALIZER),
+            status: &run.status,
+            tasks: &tasks,
+            uid: &run.uid,
+            vanished,
+        };
+        let step = next_step(&facts, Timestamp::now());
+        match perform(&mut run, step, context).await? {
+            Next::Look => {}
+            Next::Wait(pause) => return Ok(Action::requeue(pause)),
+            Next::Over => return Ok(Action::await_change()),
+        }
+    }
+}
+
+/// What follows a step.
+enum Next {
+    Look,
+    Wait(Duration),
+    Over,
+}
+
+async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
+    match step {
+        Step::Hold => run.backup = set_finalizer(&run.backup, context, true).await?,
+        Step::Resolve => {
+            if let Some(pause) = resolve::resolve(run, context).await? {
+                return Ok(Next::Wait(pause));
+            }
+        }
+        Step::Capture => capture::capture(run, context).await?,
+        Step::Freeze => quiesce::freeze(run, context).await?,
+        Step::NoteFreezeFailure(reason, message) => {
+            run.set(ConditionType::Quiesced, State::False, reason, message.clone());
+            run.save(context).await?;
+            context.events.warning(&run.backup, reason, message).await;
+        }
+        Step::Thaw => {
+            if !quiesce::thaw(run, context).await? {
+                return Ok(Next::Wait(LOOK_AGAIN));
+            }
+        }
+        Step::StartTasks => start_tasks(run, context).await?,
+        Step::Wait(until) => {
+            run.status.phase = Phase::Running;
+            if run.backup.status.as_ref() != Some(&run.status) {
+                run.save(context).await?;
+            }
+            let left = until.and_then(|until| Duration::try_from(until.duration_since(Timestamp::now())).ok());
+            return Ok(Next::Wait(left.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(20), LOOK_AGAIN)));
+        }
+        Step::Commit => commit::commit(run, context).await?,
+        Step::Fail(reason, message) => run.fail(context, reason, message).await?,
+        Step::Clean => {
+            task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
+            run.backup = set_finalizer(&run.backup, context, false).await?;
+            return Ok(Next::Over);
+        }
+        Step::Nothing => return Ok(Next::Over),
+    }
+    Ok(Next::Look)
+}
+
+/// Adds or removes Lifeboat's finalizer.
+async fn set_finalizer(backup: &Backup, context: &Context, present: bool) -> Result<Backup> {
+    let mut finalizers: Vec<_> = backup.finalizers().iter().filter(|one| *one != labels::FINALIZER).cloned().collect();
+    if present {
+        finalizers.push(labels::FINALIZER.to_owned());
+    }
+    let api = context.namespaced::<Backup>(&backup.namespace().unwrap_or_default());
+    // The resource version makes the write fail instead of removing what another added meanwhile.
+    let metadata = json!({"resourceVersion": backup.resource_version(), "uid": backup.uid(), "finalizers": finalizers});
+    let written =
+        api.patch(&backup.name_any(), &PatchParams::default(), &Patch::Merge(json!({"metadata": metadata}))).await;
+    match written {
+        Ok(written) => Ok(written),
+        Err(kube::Error::Api(status)) if status.code == 404 && !present => Ok(backup.clone()),
+        Err(error) => Err(error).context("cannot write the finalizer"),
+    }
+}
+
+/// Takes over what the tasks say.
+fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
+    let now = Timestamp::now();
+    for volume in &mut run.status.volumes {
+        let Some(task) = tasks.get(&task::name('b', &run.uid, &volume.claim_uid)) else { continue };
+        volume.message = None;
+        match task::standing(task, now) {
+            Standing::Waiting(message) => volume.message = message,
+            Standing::Running(message) => {
+                volume.phase = Phase::Running;
+                volume.message = message;
+            }
+            Standing::Failed(_, message) => {
+                volume.phase = Phase::Failed;
+                volume.message = Some(message);
+            }
+            Standing::Succeeded => take_result(volume, task),
+        }
+        if volume.snapshot.is_none()
+            && let Some(progress) = task.status.as_ref().and_then(|status| status.progress)
+        {
+            let transfer = volume.transfer.get_or_insert_default();
+            transfer.read_bytes = progress.bytes_done;
+        }
+    }
+}
+
+fn take_result(volume: &mut VolumeBackupStatus, task: &VolumeTask) {
+    let Some(result) = task.status.as_ref().and_then(|status| status.result.as_ref()) else { return };
+    volume.phase = if result.skipped == 0 { Phase::Succeeded } else { Phase::Partial };
+    volume.snapshot = Some(result.snapshot.clone());
+    volume.transfer = Some(result.transfer);
+    volume.skipped = result.skipped;
+    volume.skipped_sample.clone_from(&result.skipped_sample);
+}
+
+/// A pod whose volume is being read and that is gone or going: its name.
+async fn vanished_pod(run: &Run, context: &Context) -> Result<Option<String>> {
+    if conditions::is_finished(&run.status.conditions) {
+        return Ok(None);
+    }
+    let pods = context.namespaced::<Pod>(&run.namespace);
+    for volume in run.status.volumes.iter().filter(|volume| matches!(volume.phase, Phase::Pending | Phase::Running)) {
+        let (Some(name), VolumeMethod::Live) = (&volume.pod, volume.method) else { continue };
+        let found = pods.get_opt(name).await.context("cannot read a pod")?;
+        let is_there = found.is_some_and(|pod| pod.uid() == volume.pod_uid && resolve::is_readable(&pod));
+        if !is_there {
+            return Ok(Some(name.clone()));
+        }
+    }
+    Ok(None)
+}
+
+/// Makes one task a volume that is read live.
+async fn start_tasks(run: &mut Run, context: &Context) -> Result<()> {
+    let pinned = run.status.repository.clone().context("no repository is pinned")?;
+    let repositories: Api<ClusterRepository> = Api::all(context.client.clone());
+    let Some(repository) = repositories.get_opt(&pinned.name).await.context("cannot read the ClusterRepository")?
+    else {
+        return run
+            .fail(context, Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))
+            .await;
+    };
+    let access = RepositoryAccess {
+        name: pinned.name,
+        id: pinned.id,
+        backend: repository.spec.backend,
+        encryption_secret: repository.spec.encryption.secret_ref,
+    };
+    let cluster = context.cluster().await?;
+    let api = context.namespaced::<VolumeTask>(&context.namespace);
+    for volume in run.status.volumes.iter().filter(|volume| volume.method == VolumeMethod::Live) {
+        let (Some(node), Some(pod), Some(pod_uid), Some(pv)) =
+            (&volume.node, &volume.pod, &volume.pod_uid, &volume.volume)
+        else {
+            continue;
+        };
+        let mut tags = run.tags(cluster);
+        tags.insert(tags::CLAIM.to_owned(), volume.claim.clone());
+        let order = Order {
+            name: task::name('b', &run.uid, &volume.claim_uid),
+            owner: format!("Backup/{}", run.name),
+            owner_uid: run.uid.clone(),
+            node: node.clone(),
+            volume: MountedVolume {
+                namespace: run.namespace.clone(),
+                claim: volume.claim.clone(),
+                claim_uid: volume.claim_uid.clone(),
+                volume: pv.clone(),
+                pod: pod.clone(),
+                pod_uid: pod_uid.clone(),
+            },
+            repository: access.clone(),
+            operation: Operation::Backup(BackupOperation {
+                lineage: volume_lineage(cluster, &run.namespace, &volume.claim),
+                tags,
+            }),
+            deadline: Timestamp::now() + TASK_LIMIT,
+        };
+        task::create(&api, order).await?;
+    }
+    info!(volumes = run.status.volumes.len(), "volumes are being read");
+    run.status.phase = Phase::Running;
+    run.set(ConditionType::Captured, State::Unknown, Reason::InProgress, "volumes are being read");
+    run.save(context).await
+}

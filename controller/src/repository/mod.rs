@@ -1,0 +1,150 @@
+//! `ClusterRepository`: looks at the store, makes the repository when the location is empty, says how it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt};
+use lifeboat_crds::cluster_repository::Mode;
+use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
+use lifeboat_crds::{ClusterRepository, ClusterRepositoryStatus};
+use lifeboat_process::access::AccessError;
+use lifeboat_repository::snapshot::Content;
+use tracing::info;
+
+use crate::context::{Context, ReconcileError, on_error, write_status};
+
+/// A repository that is ready is looked at again after this.
+const READY_INTERVAL: Duration = Duration::from_secs(300);
+/// One that is not, after this.
+const UNREADY_INTERVAL: Duration = Duration::from_secs(20);
+
+/// Runs the control loop.
+pub(crate) async fn control(context: Arc<Context>) {
+    let api: Api<ClusterRepository> = Api::all(context.client.clone());
+    Controller::new(api, watcher::Config::default()).run(reconcile, on_error, context).for_each(|_| async {}).await;
+}
+
+/// What was found.
+struct Observed {
+    id: String,
+    format: u32,
+    recovery_points: u64,
+}
+
+async fn observe(repository: &ClusterRepository, context: &Context) -> Result<Observed, AccessError> {
+    let spec = &repository.spec;
+    let encryption = &spec.encryption.secret_ref;
+    let opened = match spec.mode {
+        Mode::ReadWrite => context.access.open_or_init(&spec.backend, encryption).await?,
+        Mode::ReadOnly => context.access.open(&spec.backend, encryption, None).await?,
+    };
+    let id = opened.id().to_string();
+    if let Some(known) = repository.status.as_ref().and_then(|status| status.id.as_ref())
+        && *known != id
+    {
+        return Err(AccessError {
+            reason: Reason::RepositoryDamaged,
+            message: format!(
+                "the location held the repository {known} and now holds {id}; somebody replaced it: bring the old one back or create another ClusterRepository"
+            ),
+        });
+    }
+    let snapshots = opened.snapshots().await.map_err(|error| AccessError::from_repository(&error))?;
+    let recovery_points =
+        snapshots.iter().filter(|snapshot| matches!(snapshot.content, Content::RecoveryPoint { .. })).count() as u64;
+    Ok(Observed { id, format: opened.config().format, recovery_points })
+}
+
+/// The status that what was found leads to.
+fn report(
+    before: Option<&ClusterRepositoryStatus>,
+    generation: Option<i64>,
+    found: Result<Observed, AccessError>,
+    now: jiff::Timestamp,
+) -> ClusterRepositoryStatus {
+    let mut status = before.cloned().unwrap_or_default();
+    status.observed_generation = generation;
+    let mut set = |type_, state, reason, message: String| {
+        conditions::set(&mut status.conditions, type_, state, reason, message, generation, now)
+    };
+    match found {
+        Ok(found) => {
+            set(ConditionType::Reachable, State::True, Reason::Available, "the store answers".into());
+            set(
+                ConditionType::Ready,
+                State::True,
+                Reason::Available,
+                format!("{} recovery points", found.recovery_points),
+            );
+            status.id = Some(found.id);
+            status.format = Some(found.format);
+            status.recovery_points = Some(found.recovery_points);
+            status.last_contact = Some(Time(now));
+        }
+        Err(error) => {
+            let reached = if is_about_the_way(error.reason) { State::False } else { State::Unknown };
+            set(ConditionType::Reachable, reached, error.reason, error.message.clone());
+            set(ConditionType::Ready, State::False, error.reason, error.message);
+        }
+    }
+    status
+}
+
+/// Whether the store itself could not be spoken to.
+fn is_about_the_way(reason: Reason) -> bool {
+    matches!(reason, Reason::Unreachable | Reason::AccessDenied | Reason::BucketNotFound)
+}
+
+async fn reconcile(repository: Arc<ClusterRepository>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    let found = observe(&repository, &context).await;
+    let before = repository.status.as_ref();
+    let was_ready = before.is_some_and(|status| conditions::is_true(&status.conditions, ConditionType::Ready));
+    let old_reason =
+        before.and_then(|status| conditions::get(&status.conditions, ConditionType::Ready)).map(|c| c.reason.clone());
+    match &found {
+        Ok(found) if !was_ready => {
+            info!(repository = repository.name_any(), id = found.id, "ready");
+            context.events.normal(&*repository, Reason::Available, "the repository is ready").await;
+        }
+        Err(error) if old_reason.as_deref() != Some(error.reason.as_str()) => {
+            context.events.warning(&*repository, error.reason, error.message.clone()).await;
+        }
+        _ => {}
+    }
+    let pause = if found.is_ok() { READY_INTERVAL } else { UNREADY_INTERVAL };
+    let status = report(before, repository.metadata.generation, found, jiff::Timestamp::now());
+    let same = before.is_some_and(|before| {
+        let mut before = before.clone();
+        before.last_contact.clone_from(&status.last_contact);
+        before == status
+    });
+    // A status that says nothing new is not written: the write itself would start the next round.
+    if !same {
+        write_status(&Api::all(context.client.clone()), &*repository, &status).await?;
+    }
+    Ok(Action::requeue(pause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_what_was_known_and_says_why() {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let ready = report(None, Some(1), Ok(Observed { id: "ab".into(), format: 1, recovery_points: 3 }), now);
+        assert!(conditions::is_true(&ready.conditions, ConditionType::Ready));
+        let error = AccessError { reason: Reason::Unreachable, message: "no route".into() };
+        let lost = report(Some(&ready), Some(2), Err(error), now);
+        let condition = conditions::get(&lost.conditions, ConditionType::Ready).unwrap();
+        assert_eq!(
+            (condition.status.as_str(), condition.reason.as_str(), condition.message.as_str()),
+            ("False", "Unreachable", "no route")
+        );
+        assert_eq!((lost.id.as_deref(), lost.recovery_points), (Some("ab"), Some(3)));
+    }
+}
