@@ -1,0 +1,107 @@
+# images.sh: container images from files, without a registry, as OCI archives in the cache; and their import.
+RUST_OUT=${CARGO_TARGET_DIR:-$REPO/target}
+LIFEBOAT_IMAGE=docker.io/lifeboat/lifeboat:${LIFEBOAT_VERSION:-$(sed -n 's/^version = "\(.*\)"/\1/p' "$REPO/Cargo.toml" | head -1)}
+
+# make_image FILE NAME ENTRYPOINT SOURCE=DESTINATION...: unless FILE is there with the same inputs
+make_image() {
+  local file=$IMAGES/$1.tar mark
+  shift
+  mark=$({
+    printf '%s\n' "$@"
+    cat "$HERE/image/mkimage.py"
+    for source in "${@:3}"; do [ ! -f "${source%%=*}" ] || sha256sum "${source%%=*}"; done
+  } | sha256sum)
+  [ -e "$file" ] && [ "$(cat "$file.inputs")" = "$mark" ] && return
+  python3 "$HERE/image/mkimage.py" "$file.new" "$@"
+  mv "$file.new" "$file"
+  echo "$mark" >"$file.inputs"
+  say "image $(basename "$file")"
+}
+
+busybox_links() { "$PROGRAMS/deb/bin/busybox" --list | grep -vx busybox | sed 's#.*#->busybox=bin/&#'; }
+
+# The images that the cluster itself and the scenarios need.
+make_base_images() {
+  local busybox=$PROGRAMS/deb/bin/busybox
+  mkdir -p "$IMAGES"
+  make_image pause lifeboat.test/pause:1 '["/pause"]' "$PROGRAMS/pause=pause"
+  make_image coredns lifeboat.test/coredns:1 '["/coredns"]' "$PROGRAMS/coredns=coredns"
+  # shellcheck disable=SC2046
+  make_image busybox docker.io/lifeboat-e2e/busybox:1 '[]' "$busybox=bin/busybox" "$HERE/image/passwd=etc/passwd" \
+    "$HERE/image/nsswitch.conf=etc/nsswitch.conf" $(busybox_links)
+}
+
+POSTGRES_PACKAGES="postgresql-15 postgresql-client-15 postgresql-common postgresql-client-common busybox-static bash procps"
+
+# PostgreSQL from Debian's packages with all that they need, unpacked.
+make_postgres_image() {
+  local tree=$CACHE/postgres-tree file packages applet
+  [ -e "$IMAGES/postgres.tar" ] && return
+  rm -rf "$tree" "$CACHE/postgres-packages"
+  mkdir -p "$tree/tmp" "$tree/bin" "$CACHE/postgres-packages"
+  apt-get -qq update >&2
+  # shellcheck disable=SC2086
+  packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances $POSTGRES_PACKAGES |
+    grep '^[a-z]' | sort -u | grep -vE '^(perl.*|debconf.*|dpkg|cdebconf|ssl-cert|adduser|init-system-helpers|libllvm.*|python.*|netbase|ucf|sysvinit-utils|lsb-base)$')
+  # shellcheck disable=SC2086
+  (cd "$CACHE/postgres-packages" && apt-get -qq download $packages) >&2
+  for file in "$CACHE"/postgres-packages/*.deb; do dpkg -x "$file" "$tree"; done
+  rm -rf "$tree"/usr/share/{doc,man,locale,lintian,info} "$tree/usr/lib/x86_64-linux-gnu/gconv" "$CACHE/postgres-packages"
+  printf 'root:x:0:0:root:/:/bin/sh\npostgres:x:70:70:postgres:/tmp:/bin/sh\n' >"$tree/etc/passwd"
+  printf 'root:x:0:\npostgres:x:70:\n' >"$tree/etc/group"
+  cp "$HERE/image/nsswitch.conf" "$tree/etc/nsswitch.conf"
+  for applet in $("$tree/bin/busybox" --list | grep -vx busybox); do [ -e "$tree/bin/$applet" ] || [ -e "$tree/usr/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"; done
+  make_image postgres docker.io/lifeboat-e2e/postgres:15 '[]' "$tree=/" +USER=70:70 \
+    +PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin +HOME=/tmp +LANG=C
+  rm -rf "$tree"
+}
+
+make_lifeboat_image() {
+  local release=$RUST_OUT/x86_64-unknown-linux-gnu/release program
+  for program in lifeboat lifeboat-agent lifeboat-controller; do
+    [ -x "$release/$program" ] || die "$release/$program is missing; run \`make build\` first"
+  done
+  make_image lifeboat "$LIFEBOAT_IMAGE" '[]' "$release/lifeboat=lifeboat" "$release/lifeboat-agent=lifeboat-agent" \
+    "$release/lifeboat-controller=lifeboat-controller" "$(certificates)=etc/ssl/certs/ca-certificates.crt" +USER=65532:65532
+}
+
+# The machine's certificate bundle, for stores that speak HTTPS.
+certificates() {
+  local bundle=/etc/ssl/certs/ca-certificates.crt
+  if [ ! -s $bundle ]; then
+    apt-get -qq update >&2
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends ca-certificates >&2
+  fi
+  echo $bundle
+}
+
+make_images() {
+  make_base_images
+  make_postgres_image
+  make_image versitygw docker.io/lifeboat/versitygw:1 '["/versitygw"]' "$PROGRAMS/versitygw=versitygw" \
+    "$PROGRAMS/deb/bin/busybox=bin/busybox" '->busybox=bin/mkdir' "$HERE/image/nsswitch.conf=etc/nsswitch.conf" +USER=65532:65532
+  make_lifeboat_image
+}
+
+# import_into NODE [FILE...]: names of archives in the cache; none: those that the cluster itself needs
+import_into() {
+  local node=$1
+  shift
+  [ $# -gt 0 ] || set -- pause coredns busybox
+  in_node "$node" /bin/sh -c 'export PATH=/opt/node/bin:$PATH CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1
+    for i in $(seq 200); do [ -S /run/containerd/containerd.sock ] && timeout 2 ctr version >/dev/null 2>&1 && break; sleep 0.05; done
+    mkdir -p /var/lib/node-images
+    for name in "$@"; do
+      mark=/var/lib/node-images/$name
+      cmp -s /opt/node/images/$name.tar.inputs $mark && continue
+      ctr -n k8s.io images import --local /opt/node/images/$name.tar >/dev/null || exit 1
+      cp /opt/node/images/$name.tar.inputs $mark
+    done' sh "$@"
+}
+
+import_images() {
+  local node jobs=() job
+  for node in $NODES; do import_into "$node" pause coredns busybox postgres versitygw lifeboat & jobs+=($!); done
+  for job in "${jobs[@]}"; do wait "$job" || die "an import failed"; done
+  say "images are on all nodes"
+}
