@@ -1,2 +1,30 @@
-//! Placeholder head.
-fn main() {}
+//! `lifeboat`: back up, list, restore and check a repository without a cluster.
+//!
+//! Parses arguments and calls one command. This crate is the only one that prints.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod commands;
+mod options;
+mod output;
+mod progress;
+mod repository;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let arguments = options::Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return output::failure(&anyhow::Error::from(error).context("cannot start")),
+    };
+    match runtime.block_on(commands::run(arguments)) {
+        Ok(code) => code,
+        Err(error) => output::failure(&error),
+    }
+}

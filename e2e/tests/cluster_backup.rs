@@ -50,7 +50,10 @@ fn every_kind_of_file_survives_the_loss_of_the_namespace() {
         s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
         let after = s.shell("app", FINGERPRINT)?;
         ensure!(before == after, "before:\n{before}\nafter:\n{after}");
-        ensure!(s.shell("app", "du -k /data/plain/sparse | cut -f1")?.trim().parse::<u64>()? < 1024, "the holes are gone");
+        ensure!(
+            s.shell("app", "du -k /data/plain/sparse | cut -f1")?.trim().parse::<u64>()? < 1024,
+            "the holes are gone"
+        );
         ensure!(s.kubectl(&["get", "configmap", "settings", "-o", "jsonpath={.data.colour}"])? == "blue");
         ensure!(s.leftovers().await?.is_empty(), "left behind: {:?}", s.leftovers().await?);
         Ok(())
@@ -61,7 +64,10 @@ fn every_kind_of_file_survives_the_loss_of_the_namespace() {
 fn a_second_backup_reads_only_what_changed() {
     scenario("incremental", async |s: Scenario| {
         s.sleeper("app").await?;
-        s.shell("app", "for i in 1 2 3 4; do dd if=/dev/urandom of=/data/big$i bs=1M count=10 2>/dev/null; done; sync")?;
+        s.shell(
+            "app",
+            "for i in 1 2 3 4; do dd if=/dev/urandom of=/data/big$i bs=1M count=10 2>/dev/null; done; sync",
+        )?;
         s.back_up("first").await?;
         let unchanged = s.back_up("second").await?;
         let read = unchanged.status.as_ref().and_then(|s| s.read_bytes).context("readBytes")?;
@@ -84,7 +90,8 @@ fn a_selection_decides_which_objects_and_claims_are_covered() {
         s.apply("apiVersion: v1\nkind: Secret\nmetadata: {name: token, labels: {app: wanted}}\nstringData: {a: b}\n---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings, labels: {app: wanted}}\ndata: {a: b}\n")?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/wanted", "pod/other", "--timeout=120s"])?;
         let mut plan = s.plan();
-        plan["scope"] = serde_json::json!({"selector": {"matchLabels": {"app": "wanted"}}, "excludeResources": ["secrets"]});
+        plan["scope"] =
+            serde_json::json!({"selector": {"matchLabels": {"app": "wanted"}}, "excludeResources": ["secrets"]});
         s.start_backup("some", serde_json::json!({"plan": plan})).await?;
         let backup = s.backup_succeeded("some").await?;
         let claims: Vec<_> = backup.status.iter().flat_map(|s| &s.volumes).map(|v| v.claim.clone()).collect();

@@ -26,7 +26,10 @@ fn steps_freeze_in_order_and_thaw_in_reverse() {
     scenario("quiesce-order", async |s: Scenario| {
         s.sleeper("app").await?;
         s.shell("app", "echo data > /data/file")?;
-        let steps: Vec<_> = ["one", "two"].iter().map(|n| step(&format!("echo freeze {n} >> /tmp/log"), &format!("echo thaw {n} >> /tmp/log"))).collect();
+        let steps: Vec<_> = ["one", "two"]
+            .iter()
+            .map(|n| step(&format!("echo freeze {n} >> /tmp/log"), &format!("echo thaw {n} >> /tmp/log")))
+            .collect();
         s.start_backup("b", plan_with(&s, &json!({"maxFreeze": "60s", "steps": steps}))).await?;
         let backup = s.backup_succeeded("b").await?;
         ensure!(log(&s)? == ["freeze one", "freeze two", "thaw two", "thaw one"], "{:?}", log(&s)?);
@@ -43,12 +46,19 @@ fn steps_freeze_in_order_and_thaw_in_reverse() {
 fn a_failing_step_thaws_what_was_frozen_and_fails_the_backup() {
     scenario("quiesce-fails", async |s: Scenario| {
         s.sleeper("app").await?;
-        let steps = [step("echo freeze one >> /tmp/log", "echo thaw one >> /tmp/log"), step("echo broken hook >&2; exit 3", "echo thaw two >> /tmp/log")];
+        let steps = [
+            step("echo freeze one >> /tmp/log", "echo thaw one >> /tmp/log"),
+            step("echo broken hook >&2; exit 3", "echo thaw two >> /tmp/log"),
+        ];
         s.start_backup("b", plan_with(&s, &json!({"steps": steps}))).await?;
         let (_, message) = s.backup_failed("b", "HookFailed").await?;
         ensure!(message.contains("app") && message.contains('3'), "{message}");
         let lines = log(&s)?;
-        ensure!(lines.first().map(String::as_str) == Some("freeze one") && lines.last().map(String::as_str) == Some("thaw one"), "{lines:?}");
+        ensure!(
+            lines.first().map(String::as_str) == Some("freeze one")
+                && lines.last().map(String::as_str) == Some("thaw one"),
+            "{lines:?}"
+        );
         Ok(())
     });
 }
@@ -86,9 +96,26 @@ fn a_controller_killed_while_the_application_is_frozen_thaws_it_when_it_is_back(
     scenario("quiesce-killed", async |s: Scenario| {
         s.sleeper("app").await?;
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=400 2>/dev/null; sync")?;
-        s.start_backup("b", plan_with(&s, &json!({"maxFreeze": "60s", "steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}))).await?;
-        s.eventually("the freeze", async || Ok(s.shell("app", "cat /tmp/log 2>/dev/null; true")?.contains("freeze"))).await?;
-        s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "pod", "-l", "app.kubernetes.io/component=controller", "--grace-period=0", "--force"])?;
+        s.start_backup(
+            "b",
+            plan_with(
+                &s,
+                &json!({"maxFreeze": "60s", "steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}),
+            ),
+        )
+        .await?;
+        s.eventually("the freeze", async || Ok(s.shell("app", "cat /tmp/log 2>/dev/null; true")?.contains("freeze")))
+            .await?;
+        s.kubectl_cluster(&[
+            "-n",
+            INSTALLED_IN,
+            "delete",
+            "pod",
+            "-l",
+            "app.kubernetes.io/component=controller",
+            "--grace-period=0",
+            "--force",
+        ])?;
         s.eventually("the thaw", async || Ok(log(&s)?.last().map(String::as_str) == Some("thaw"))).await?;
         let backup: Backup = s.backup_finished("b").await?;
         let status = backup.status.context("status")?;
@@ -103,8 +130,16 @@ fn deleting_a_running_backup_thaws_and_leaves_nothing() {
     scenario("quiesce-deleted", async |s: Scenario| {
         s.sleeper("app").await?;
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=400 2>/dev/null; sync")?;
-        s.start_backup("b", plan_with(&s, &json!({"maxFreeze": "60s", "steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}))).await?;
-        s.eventually("the freeze", async || Ok(s.shell("app", "cat /tmp/log 2>/dev/null; true")?.contains("freeze"))).await?;
+        s.start_backup(
+            "b",
+            plan_with(
+                &s,
+                &json!({"maxFreeze": "60s", "steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}),
+            ),
+        )
+        .await?;
+        s.eventually("the freeze", async || Ok(s.shell("app", "cat /tmp/log 2>/dev/null; true")?.contains("freeze")))
+            .await?;
         s.delete(&s.namespaced::<Backup>(), "b").await?;
         ensure!(log(&s)?.last().map(String::as_str) == Some("thaw"), "{:?}", log(&s)?);
         s.eventually("the tasks to be gone", async || Ok(s.leftovers().await?.is_empty())).await

@@ -13,7 +13,13 @@ fn variant(s: &Scenario, name: &str, change: impl Fn(String) -> String) -> Strin
     change(only.replacen(&format!("name: {}}}", s.namespace), &format!("name: {name}}}"), 1))
 }
 
-async fn refused(s: &Scenario, suffix: &str, reason: &str, says: &str, change: impl Fn(String) -> String) -> Result<()> {
+async fn refused(
+    s: &Scenario,
+    suffix: &str,
+    reason: &str,
+    says: &str,
+    change: impl Fn(String) -> String,
+) -> Result<()> {
     let name = format!("{}-{suffix}", s.namespace);
     s.apply(&variant(s, &name, change))?;
     let outcome = s.repository_refused(&name, reason).await;
@@ -27,15 +33,54 @@ async fn refused(s: &Scenario, suffix: &str, reason: &str, says: &str, change: i
 fn a_repository_that_cannot_be_used_says_why() {
     scenario("bad-repository", async |s: Scenario| {
         let ns = s.namespace.clone();
-        s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "secret", &format!("{ns}-wrong"), &format!("{ns}-half"), "--ignore-not-found"])?;
-        s.kubectl_cluster(&["-n", INSTALLED_IN, "create", "secret", "generic", &format!("{ns}-wrong"), "--from-literal=password=wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody", "--from-literal=AWS_SECRET_ACCESS_KEY=nothing"])?;
-        s.kubectl_cluster(&["-n", INSTALLED_IN, "create", "secret", "generic", &format!("{ns}-half"), "--from-literal=AWS_ACCESS_KEY_ID=nobody"])?;
+        s.kubectl_cluster(&[
+            "-n",
+            INSTALLED_IN,
+            "delete",
+            "secret",
+            &format!("{ns}-wrong"),
+            &format!("{ns}-half"),
+            "--ignore-not-found",
+        ])?;
+        s.kubectl_cluster(&[
+            "-n",
+            INSTALLED_IN,
+            "create",
+            "secret",
+            "generic",
+            &format!("{ns}-wrong"),
+            "--from-literal=password=wrong",
+            "--from-literal=AWS_ACCESS_KEY_ID=nobody",
+            "--from-literal=AWS_SECRET_ACCESS_KEY=nothing",
+        ])?;
+        s.kubectl_cluster(&[
+            "-n",
+            INSTALLED_IN,
+            "create",
+            "secret",
+            "generic",
+            &format!("{ns}-half"),
+            "--from-literal=AWS_ACCESS_KEY_ID=nobody",
+        ])?;
         refused(&s, "key", "WrongKey", "password", |m| m.replace(&format!("{ns}-key"), &format!("{ns}-wrong"))).await?;
-        refused(&s, "credentials", "AccessDenied", &format!("{ns}-wrong"), |m| m.replace(&format!("{ns}-bucket"), &format!("{ns}-wrong"))).await?;
-        refused(&s, "half", "SecretInvalid", "AWS_SECRET_ACCESS_KEY", |m| m.replace(&format!("{ns}-bucket"), &format!("{ns}-half"))).await?;
-        refused(&s, "secret", "SecretNotFound", "no-such-secret", |m| m.replace(&format!("{ns}-bucket"), "no-such-secret")).await?;
-        refused(&s, "bucket", "BucketNotFound", "no-such-bucket", |m| m.replace(&format!("bucket: {ns},"), "bucket: no-such-bucket,")).await?;
-        refused(&s, "endpoint", "Unreachable", "10.213.0.1:1", |m| m.replace("10.213.0.1:9100", "10.213.0.1:1")).await?;
+        refused(&s, "credentials", "AccessDenied", &format!("{ns}-wrong"), |m| {
+            m.replace(&format!("{ns}-bucket"), &format!("{ns}-wrong"))
+        })
+        .await?;
+        refused(&s, "half", "SecretInvalid", "AWS_SECRET_ACCESS_KEY", |m| {
+            m.replace(&format!("{ns}-bucket"), &format!("{ns}-half"))
+        })
+        .await?;
+        refused(&s, "secret", "SecretNotFound", "no-such-secret", |m| {
+            m.replace(&format!("{ns}-bucket"), "no-such-secret")
+        })
+        .await?;
+        refused(&s, "bucket", "BucketNotFound", "no-such-bucket", |m| {
+            m.replace(&format!("bucket: {ns},"), "bucket: no-such-bucket,")
+        })
+        .await?;
+        refused(&s, "endpoint", "Unreachable", "10.213.0.1:1", |m| m.replace("10.213.0.1:9100", "10.213.0.1:1"))
+            .await?;
         s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "secret", &format!("{ns}-wrong"), &format!("{ns}-half")])?;
         // None of this has harmed the repository that shares the bucket.
         s.apply("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings}\ndata: {a: b}\n")?;
@@ -72,10 +117,14 @@ fn a_backup_that_cannot_start_says_why() {
         let (_, message) = s.backup_failed("no-pod", "NoPodForVolume").await?;
         ensure!(message.contains("alone"), "{message}");
         // The way out that the message names works.
-        s.start_backup("skipped", plan(&ns, json!({"volumes": [{"match": {"names": ["alone"]}, "method": "Skip"}]}))).await?;
+        s.start_backup("skipped", plan(&ns, json!({"volumes": [{"match": {"names": ["alone"]}, "method": "Skip"}]})))
+            .await?;
         s.backup_succeeded("skipped").await?;
 
-        for (name, change) in [("closed", json!({"spec": {"allowedNamespaces": {"from": "None"}}})), ("frozen", json!({"spec": {"mode": "ReadOnly", "allowedNamespaces": {"from": "All"}}}))] {
+        for (name, change) in [
+            ("closed", json!({"spec": {"allowedNamespaces": {"from": "None"}}})),
+            ("frozen", json!({"spec": {"mode": "ReadOnly", "allowedNamespaces": {"from": "All"}}})),
+        ] {
             s.kubectl_cluster(&["patch", "clusterrepository", &ns, "--type=merge", "-p", &change.to_string()])?;
             s.start_backup(name, plan(&ns, json!({}))).await?;
             let reason = if name == "closed" { "NamespaceNotAllowed" } else { "RepositoryReadOnly" };
@@ -99,18 +148,31 @@ fn a_schedule_that_makes_no_sense_is_refused_in_a_condition() {
             ))?;
             let policy = s
                 .wait(&s.namespaced::<BackupPolicy>(), name, reason, |p: &BackupPolicy| {
-                    p.status.as_ref().is_some_and(|s| s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "False" && c.reason == reason))
+                    p.status.as_ref().is_some_and(|s| {
+                        s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "False" && c.reason == reason)
+                    })
                 })
                 .await?;
             let status = policy.status.context("status")?;
-            let message = &conditions::get(&status.conditions, conditions::ConditionType::Ready).context("Ready")?.message;
+            let message =
+                &conditions::get(&status.conditions, conditions::ConditionType::Ready).context("Ready")?.message;
             ensure!(message.contains(says), "{message}");
-            let events = s.kubectl(&["get", "events", "--field-selector", &format!("involvedObject.name={name}"), "-o", "jsonpath={.items[*].reason}"])?;
+            let events = s.kubectl(&[
+                "get",
+                "events",
+                "--field-selector",
+                &format!("involvedObject.name={name}"),
+                "-o",
+                "jsonpath={.items[*].reason}",
+            ])?;
             ensure!(events.contains(reason), "no event says {reason}: {events}");
         }
         // A secret value never shows up in what users can see.
         let seen = s.kubectl_cluster(&["get", "clusterrepositories,events", "-A", "-o", "yaml"])?;
-        ensure!(!seen.contains(lifeboat_e2e::scenario::PASSWORD) && !seen.contains(&lifeboat_e2e::scenario::store().2), "a secret leaked");
+        ensure!(
+            !seen.contains(lifeboat_e2e::scenario::PASSWORD) && !seen.contains(&lifeboat_e2e::scenario::store().2),
+            "a secret leaked"
+        );
         Ok(())
     });
 }

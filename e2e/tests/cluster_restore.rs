@@ -26,7 +26,10 @@ fn an_existing_claim_is_never_written_to() {
         let message = s.restore_failed("r", "VolumeExists").await?;
         ensure!(message.contains("app-data"), "{message}");
         ensure!(s.shell("app", "cat /data/file")? == "new\n");
-        ensure!(s.kubectl(&["get", "configmap", "settings", "--ignore-not-found"])?.is_empty(), "objects were restored all the same");
+        ensure!(
+            s.kubectl(&["get", "configmap", "settings", "--ignore-not-found"])?.is_empty(),
+            "objects were restored all the same"
+        );
         Ok(())
     });
 }
@@ -36,9 +39,11 @@ fn existing_objects_are_skipped_updated_or_refused_as_the_spec_says() {
     scenario("objects-exist", async |s: Scenario| {
         s.apply(SETTINGS)?;
         s.back_up("b").await?;
-        let red = || s.kubectl(&["patch", "configmap", "settings", "--type=merge", "-p", "{\"data\":{\"colour\":\"red\"}}"]);
+        let red =
+            || s.kubectl(&["patch", "configmap", "settings", "--type=merge", "-p", "{\"data\":{\"colour\":\"red\"}}"]);
         red()?;
-        s.start_restore("fail", json!({"source": {"backupRef": {"name": "b"}}, "existing": {"resources": "Fail"}})).await?;
+        s.start_restore("fail", json!({"source": {"backupRef": {"name": "b"}}, "existing": {"resources": "Fail"}}))
+            .await?;
         let message = s.restore_failed("fail", "ObjectExists").await?;
         ensure!(message.contains("settings"), "{message}");
         ensure!(colour(&s)? == "red");
@@ -46,7 +51,8 @@ fn existing_objects_are_skipped_updated_or_refused_as_the_spec_says() {
         let skipped = s.restore_finished("skip").await?.status.and_then(|s| s.objects).context("objects")?;
         ensure!(skipped.skipped >= 1 && skipped.problems.iter().any(|p| p.contains("settings")), "{skipped:?}");
         ensure!(colour(&s)? == "red");
-        s.start_restore("update", json!({"source": {"backupRef": {"name": "b"}}, "existing": {"resources": "Update"}})).await?;
+        s.start_restore("update", json!({"source": {"backupRef": {"name": "b"}}, "existing": {"resources": "Update"}}))
+            .await?;
         s.restore_finished("update").await?;
         ensure!(colour(&s)? == "blue");
         Ok(())
@@ -70,7 +76,9 @@ fn a_restore_that_has_ended_does_nothing_when_it_is_applied_again() {
         s.back_up("later").await?;
         ensure!(s.kubectl(&["get", "configmap", "settings", "--ignore-not-found"])?.is_empty(), "it ran again");
         let second = s.namespaced::<Restore>().get("r").await?;
-        ensure!(first.status.as_ref().map(|s| &s.completion_time) == second.status.as_ref().map(|s| &s.completion_time));
+        ensure!(
+            first.status.as_ref().map(|s| &s.completion_time) == second.status.as_ref().map(|s| &s.completion_time)
+        );
         Ok(())
     });
 }
@@ -86,12 +94,18 @@ fn a_point_in_time_is_chosen_by_time_and_an_unknown_one_is_refused() {
         s.back_up("red").await?;
         let repository = json!({"name": s.namespace});
         s.kubectl(&["delete", "configmap", "settings"])?;
-        s.start_restore("old", json!({"source": {"repository": {"ref": repository, "asOf": between.to_string()}}})).await?;
+        s.start_restore("old", json!({"source": {"repository": {"ref": repository, "asOf": between.to_string()}}}))
+            .await?;
         s.restore_finished("old").await?;
         ensure!(colour(&s)? == "blue", "{}", colour(&s)?);
-        s.start_restore("none", json!({"source": {"repository": {"ref": repository, "recoveryPoint": "00000000"}}})).await?;
+        s.start_restore("none", json!({"source": {"repository": {"ref": repository, "recoveryPoint": "00000000"}}}))
+            .await?;
         s.restore_failed("none", "RecoveryPointNotFound").await?;
-        s.start_restore("too-old", json!({"source": {"repository": {"ref": repository, "asOf": "2001-01-01T00:00:00Z"}}})).await?;
+        s.start_restore(
+            "too-old",
+            json!({"source": {"repository": {"ref": repository, "asOf": "2001-01-01T00:00:00Z"}}}),
+        )
+        .await?;
         s.restore_failed("too-old", "RecoveryPointNotFound").await?;
         s.start_restore("no-backup", json!({"source": {"backupRef": {"name": "nothing"}}})).await?;
         s.restore_failed("no-backup", "SourceUnusable").await?;
@@ -117,7 +131,10 @@ fn a_namespace_sees_only_its_own_recovery_points() {
                 })
                 .await?;
             let conditions = ended.status.context("status")?.conditions;
-            ensure!(conditions.iter().any(|c| c.type_ == "Succeeded" && c.reason == "RecoveryPointNotFound"), "{conditions:?}");
+            ensure!(
+                conditions.iter().any(|c| c.type_ == "Succeeded" && c.reason == "RecoveryPointNotFound"),
+                "{conditions:?}"
+            );
             Ok(())
         }
         .await;

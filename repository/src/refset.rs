@@ -37,13 +37,6 @@ impl Refset {
         self.sessions.get(&place.pack.session).is_some_and(|set| set.contains(number(place.pack.seq, place.slot)))
     }
 
-    /// Adds all of the other set.
-    pub(crate) fn extend(&mut self, other: &Self) {
-        for (session, set) in &other.sessions {
-            *self.sessions.entry(*session).or_default() |= set;
-        }
-    }
-
     /// The slots of each pack, in order.
     pub(crate) fn packs(&self) -> BTreeMap<PackId, Vec<u16>> {
         let mut packs = BTreeMap::new();

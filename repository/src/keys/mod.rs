@@ -88,6 +88,7 @@ impl DomainKeys {
     }
 
     /// The same keys without the one that reads data: a writer's.
+    #[cfg(test)]
     pub(crate) fn writer(&self) -> Self {
         Self { private: None, ..self.clone() }
     }

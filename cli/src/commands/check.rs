@@ -1,0 +1,42 @@
+//! `lifeboat check`
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use lifeboat_repository::{check::CheckOptions, progress::Progress};
+use serde_json::json;
+
+use crate::{
+    options::{Check, DONE, Global, INCOMPLETE},
+    output, progress, repository,
+};
+
+/// Checks the repository; damage that is found is listed and makes the exit code 3.
+pub(crate) async fn run(global: &Global, options: &Check) -> Result<u8> {
+    let repository = repository::open(global).await?;
+    let shown = Arc::new(Progress::default());
+    progress::cancel_on_signal(&shown);
+    let display = progress::Display::new(global, &shown);
+    let report = repository.check(CheckOptions { read_data: options.read_data }, Arc::clone(&shown)).await?;
+    drop(display);
+    let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
+    if global.json {
+        println!(
+            "{}",
+            json!({"snapshots": report.snapshots, "packs": report.packs, "chunks": report.chunks, "bytesRead": report.bytes_read, "problems": problems})
+        );
+    } else if !global.quiet || !problems.is_empty() {
+        for problem in &problems {
+            println!("{}", output::path(problem.as_bytes()));
+        }
+        println!(
+            "{} snapshots, {} packs, {} chunks, {} read: {}",
+            report.snapshots,
+            report.packs,
+            report.chunks,
+            output::bytes(report.bytes_read),
+            if problems.is_empty() { "no damage found".to_owned() } else { format!("{} problems", problems.len()) }
+        );
+    }
+    Ok(if problems.is_empty() { DONE } else { INCOMPLETE })
+}

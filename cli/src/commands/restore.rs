@@ -1,0 +1,76 @@
+//! `lifeboat restore`
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use lifeboat_repository::{
+    progress::Progress,
+    repository::Repository,
+    restore::{self, Existing, RestoreOptions},
+    snapshot::{Content, Snapshot},
+};
+use serde_json::json;
+
+use crate::{
+    options::{DONE, Global, INCOMPLETE, Restore},
+    output, progress, repository,
+};
+
+/// Restores a snapshot into a folder. What could not be restored is listed and makes the exit code 3.
+pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
+    let repository = repository::open(global).await?;
+    let snapshot = find(&repository, &options.snapshot, options.lineage.as_deref()).await?;
+    if let Content::RecoveryPoint { members, .. } = &snapshot.content {
+        let members: Vec<_> = members.iter().map(|id| id.to_string()[..12].to_owned()).collect();
+        bail!(
+            "{} is a recovery point of several snapshots; restore them one by one: {}",
+            options.snapshot,
+            members.join(", ")
+        );
+    }
+    std::fs::create_dir_all(&options.target)
+        .with_context(|| format!("cannot make the folder {}", options.target.display()))?;
+    let shown = Arc::new(Progress::default());
+    progress::cancel_on_signal(&shown);
+    let display = progress::Display::new(global, &shown);
+    let plan = RestoreOptions {
+        select: options.include.clone(),
+        existing: if options.overwrite { Existing::Overwrite } else { Existing::Fail },
+        owner: !options.no_owner,
+        ..RestoreOptions::default()
+    };
+    let report = restore::tree(&repository, &snapshot, &options.target, plan, shown).await?;
+    drop(display);
+    let failed: Vec<_> = report.failed.iter().map(|f| (output::path(&f.path), f.to_string())).collect();
+    if global.json {
+        let failed: Vec<_> = failed.iter().map(|(path, reason)| json!({"path": path, "reason": reason})).collect();
+        println!("{}", json!({"snapshot": snapshot.id.to_string(), "counts": report.counts, "failed": failed}));
+    } else {
+        for (path, reason) in &failed {
+            eprintln!("not restored in full: {path}: {reason}");
+        }
+        if !global.quiet {
+            println!(
+                "restored {} files, {} directories, {} others, {} into {}",
+                report.counts.files,
+                report.counts.directories,
+                report.counts.others,
+                output::bytes(report.counts.bytes),
+                options.target.display()
+            );
+        }
+    }
+    Ok(if failed.is_empty() { DONE } else { INCOMPLETE })
+}
+
+/// The snapshot meant: an id, its first characters, or `latest` of all trees or of one lineage.
+pub(crate) async fn find(repository: &Repository, wanted: &str, lineage: Option<&str>) -> Result<Snapshot> {
+    if wanted != "latest" {
+        return Ok(repository.find(wanted).await?);
+    }
+    let found = repository.snapshots().await?;
+    let newest = found
+        .into_iter()
+        .rfind(|s| matches!(s.content, Content::Tree { .. }) && lineage.is_none_or(|l| s.lineage == l));
+    newest.context("there is no such snapshot; `lifeboat snapshots` lists what there is")
+}

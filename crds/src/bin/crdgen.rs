@@ -1,0 +1,16 @@
+//! Prints the CRD manifests; `cargo xtask codegen` writes them into the chart.
+#![allow(clippy::print_stdout)]
+
+use std::error::Error;
+
+use kube::CustomResourceExt;
+use lifeboat_crds::{Backup, BackupPolicy, ClusterRepository, Restore, VolumeTask};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    for crd in [ClusterRepository::crd(), BackupPolicy::crd(), Backup::crd(), Restore::crd(), VolumeTask::crd()] {
+        // By way of JSON, so that the order of keys is the same in every run.
+        let value = serde_json::to_value(&crd)?;
+        println!("---\n{}", serde_yaml::to_string(&value)?.trim_end());
+    }
+    Ok(())
+}

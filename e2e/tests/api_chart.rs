@@ -1,0 +1,102 @@
+//! The chart: linted, its values checked by the schema, and everything that it renders accepted by a real API server.
+#![cfg(feature = "api")]
+
+use anyhow::{Context, Result, ensure};
+use lifeboat_e2e::api_server::{ApiServer, repository_root};
+use lifeboat_e2e::scenario::{run, run_raw};
+
+fn chart() -> String {
+    repository_root().join("charts/lifeboat").to_string_lossy().into_owned()
+}
+
+fn render(values: &[&str]) -> Result<String> {
+    let chart = chart();
+    let mut arguments = vec!["template", "lifeboat", &chart, "--namespace", "lifeboat-system"];
+    for value in values {
+        arguments.extend(["--set-json", value]);
+    }
+    run("helm", &arguments, "")
+}
+
+#[test]
+fn the_chart_is_linted() -> Result<()> {
+    let said = run("helm", &["lint", "--strict", &chart()], "")?;
+    ensure!(said.contains("1 chart(s) linted, 0 chart(s) failed"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn wrong_values_are_refused_by_name() -> Result<()> {
+    let chart = chart();
+    for (value, says) in [
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("agent.maxTasks=0", "maxTasks"),
+        ("controller.replicas=9", "replicas"),
+        ("contoller.replicas=1", "contoller"),
+        ("demoStore.bucket=UPPER", "bucket"),
+        ("agent.kubeletDir=relative", "kubeletDir"),
+    ] {
+        let output = run_raw("helm", &["template", "x", &chart, "--set", value], "")?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && said.contains(says), "{value}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn everything_that_is_rendered_is_accepted() -> Result<()> {
+    let server = ApiServer::start()?;
+    server.kubectl(&["create", "namespace", "lifeboat-system"], "")?;
+    let nfs = r#"filesystemRepositories=[{"name":"nas","mountPath":"/repositories/nas","volume":{"nfs":{"server":"nas","path":"/x"}}}]"#;
+    for values in [vec![], vec!["demoStore.enabled=true"], vec![nfs, "controller.replicas=2"]] {
+        let rendered = render(&values)?;
+        server.kubectl(&["apply", "--server-side", "--dry-run=server", "-f", "-"], &rendered).with_context(|| format!("{values:?}"))?;
+    }
+    let monitored = render(&["serviceMonitor.enabled=true"])?;
+    ensure!(monitored.contains("kind: ServiceMonitor"), "no ServiceMonitor");
+    Ok(())
+}
+
+#[test]
+fn pods_are_as_restricted_as_they_can_be() -> Result<()> {
+    let rendered = render(&[])?;
+    let pods: Vec<_> = rendered.split("\n---").filter(|document| document.contains("kind: Deployment") || document.contains("kind: DaemonSet")).collect();
+    ensure!(pods.len() == 2, "{} workloads", pods.len());
+    for pod in pods {
+        for wanted in ["allowPrivilegeEscalation: false", "readOnlyRootFilesystem: true", "drop: [ALL]", "seccompProfile: {type: RuntimeDefault}", "memory: "] {
+            ensure!(pod.contains(wanted), "{wanted} is missing in\n{pod}");
+        }
+        ensure!(!pod.contains("privileged: true") && !pod.contains("hostNetwork") && !pod.contains("hostPID"), "{pod}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
+    let server = ApiServer::start()?;
+    server.kubectl(&["create", "namespace", "lifeboat-system"], "")?;
+    server.kubectl(&["apply", "--server-side", "-f", "-"], &render(&[])?)?;
+    let may = |who: &str, verb: &str, what: &str, namespace: &str| -> Result<bool> {
+        let account = format!("--as=system:serviceaccount:lifeboat-system:{who}");
+        let config = format!("--kubeconfig={}", server.kubeconfig_path());
+        let output = run_raw("kubectl", &[&config, &account, "-n", namespace, "auth", "can-i", verb, what], "")?;
+        Ok(output.status.success())
+    };
+    let (agent, controller) = ("lifeboat-agent", "lifeboat-controller");
+    for (who, verb, what, namespace, allowed) in [
+        (agent, "get", "secrets", "lifeboat-system", true),
+        (agent, "get", "secrets", "default", false),
+        (agent, "list", "secrets", "lifeboat-system", false),
+        (agent, "patch", "volumetasks.lifeboat.dev/status", "lifeboat-system", true),
+        (agent, "create", "volumetasks.lifeboat.dev", "lifeboat-system", false),
+        (agent, "get", "pods", "default", false),
+        (controller, "list", "secrets", "default", true),
+        (controller, "create", "pods/exec", "default", true),
+        (controller, "delete", "persistentvolumeclaims", "default", false),
+        (controller, "delete", "secrets", "default", false),
+        (controller, "delete", "namespaces", "default", false),
+    ] {
+        ensure!(may(who, verb, what, namespace)? == allowed, "{who} {verb} {what} in {namespace}: expected {allowed}");
+    }
+    Ok(())
+}
