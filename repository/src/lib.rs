@@ -3,24 +3,34 @@
 //! Many writers at once, no locks, no trust in clocks or in LIST. `FORMAT.md` says every byte that is stored.
 //! This crate knows nothing of Kubernetes and prints nothing.
 
+pub mod backup;
+mod beneath;
 mod cache;
 pub mod clock;
 mod commits;
+pub mod chunk;
 pub mod config;
 mod crypto;
 mod directories;
 mod engine;
 pub mod error;
+mod glob;
 pub mod id;
 mod index;
 mod keyring;
 pub mod keys;
+pub mod manifest;
+mod meta;
 mod pack;
+pub mod progress;
 pub mod read;
 mod refset;
 pub mod repository;
+pub mod restore;
 pub mod session;
 pub mod sink;
 pub mod snapshot;
 pub mod store;
+pub mod tree;
+mod walk;
 mod wire;

@@ -1,0 +1,159 @@
+//! Cutting bytes into chunks at places that the bytes themselves decide.
+//!
+//! One implementation so far: FastCDC (Xia et al., ATC'16 and TPDS'20) in the two-byte form of 2020, with a gear
+//! table derived from the domain's chunker key, so that outsiders cannot predict cut points. Pure; reads nothing.
+
+use fastcdc::v2020::{Normalization, cut_gear, select_masks};
+
+use crate::config::ChunkerConfig;
+
+/// What the gear table is derived for; a later version of the table gets another text.
+const GEAR_CONTEXT: &[u8] = b"lifeboat fastcdc-v2020-keyed 1 gear";
+
+/// Decides where chunks end.
+pub trait Chunker: Send + Sync {
+    /// Length of the first chunk of `bytes`.
+    ///
+    /// `bytes` holds at least [`Chunker::max`] bytes, or all that is left. At least 1 unless `bytes` is empty.
+    fn cut(&self, bytes: &[u8]) -> usize;
+
+    /// No chunk is longer, in bytes.
+    fn max(&self) -> usize;
+}
+
+/// FastCDC of 2020 with a keyed gear table and normalisation level 1.
+#[derive(Clone)]
+pub struct KeyedFastCdc {
+    gear: [u64; 256],
+    gear_shifted: [u64; 256],
+    min: usize,
+    average: usize,
+    max: usize,
+    strict: u64,
+    relaxed: u64,
+}
+
+impl std::fmt::Debug for KeyedFastCdc {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The table follows from a key: it is not shown.
+        write!(f, "KeyedFastCdc({}, {}, {})", self.min, self.average, self.max)
+    }
+}
+
+impl KeyedFastCdc {
+    /// The chunker of a repository. Sizes are rounded down to even numbers, as the two-byte scan needs.
+    pub fn new(config: &ChunkerConfig, key: &[u8; 32]) -> Self {
+        let mut bytes = [0; 2048];
+        blake3::Hasher::new_keyed(key).update(GEAR_CONTEXT).finalize_xof().fill(&mut bytes);
+        let mut gear = [0; 256];
+        for (value, word) in gear.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *value = u64::from_le_bytes(*word);
+        }
+        let even = |size: u32| (size & !1) as usize;
+        let average = even(config.average);
+        let (strict, relaxed) = select_masks(average, Normalization::Level1);
+        Self {
+            gear,
+            gear_shifted: gear.map(|value| value << 1),
+            min: even(config.min),
+            average,
+            max: even(config.max),
+            strict,
+            relaxed,
+        }
+    }
+}
+
+impl Chunker for KeyedFastCdc {
+    fn cut(&self, bytes: &[u8]) -> usize {
+        let (_, length) = cut_gear(
+            bytes,
+            self.min,
+            self.average,
+            self.max,
+            self.strict,
+            self.relaxed,
+            self.strict << 1,
+            self.relaxed << 1,
+            &self.gear,
+            &self.gear_shifted,
+        );
+        length
+    }
+
+    fn max(&self) -> usize {
+        self.max
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn noise(seed: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    fn lengths(chunker: &KeyedFastCdc, mut bytes: &[u8]) -> Vec<usize> {
+        let mut lengths = Vec::new();
+        while !bytes.is_empty() {
+            let length = chunker.cut(bytes);
+            lengths.push(length);
+            bytes = &bytes[length..];
+        }
+        lengths
+    }
+
+    /// Cut points are a part of the format: if these numbers change, every repository stores everything anew.
+    #[test]
+    fn cut_points_are_frozen() {
+        let chunker = KeyedFastCdc::new(&ChunkerConfig::default(), &[7; 32]);
+        assert_eq!(lengths(&chunker, &noise(1, 8 << 20)), GOLDEN_DEFAULT);
+        let small = ChunkerConfig { min: 2048, average: 8192, max: 32768, ..ChunkerConfig::default() };
+        let chunker = KeyedFastCdc::new(&small, &[8; 32]);
+        assert_eq!(lengths(&chunker, &noise(2, 128 << 10)), GOLDEN_SMALL);
+        // Nothing to cut at: the largest chunk.
+        assert_eq!(lengths(&chunker, &vec![0; 70_001]), [32768, 32768, 4465]);
+    }
+
+    const GOLDEN_DEFAULT: &[usize] = &[];
+    const GOLDEN_SMALL: &[usize] = &[];
+
+    #[test]
+    fn another_key_cuts_elsewhere() {
+        let bytes = noise(1, 8 << 20);
+        let config = ChunkerConfig::default();
+        let one = lengths(&KeyedFastCdc::new(&config, &[1; 32]), &bytes);
+        assert_ne!(one, lengths(&KeyedFastCdc::new(&config, &[2; 32]), &bytes));
+        assert_eq!(one, lengths(&KeyedFastCdc::new(&config, &[1; 32]), &bytes));
+    }
+
+    #[test]
+    fn an_insertion_moves_few_cut_points() {
+        let chunker = KeyedFastCdc::new(&ChunkerConfig::default(), &[3; 32]);
+        let bytes = noise(3, 32 << 20);
+        let ends = |lengths: &[usize], shift: usize| -> std::collections::BTreeSet<usize> {
+            lengths.iter().scan(0, |at, length| { *at += length; Some(*at) }).map(|end| end.saturating_sub(shift)).collect()
+        };
+        let before = lengths(&chunker, &bytes);
+        let mut longer = bytes.clone();
+        longer.splice(1000..1000, *b"seventeen bytes!!");
+        let after = lengths(&chunker, &longer);
+        let kept = ends(&before, 0).intersection(&ends(&after, 17)).count();
+        assert!(kept + 5 >= before.len(), "{kept} of {} cut points are kept", before.len());
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_cover_everything_within_bounds(seed: u64, len in 0usize..300_000) {
+            let config = ChunkerConfig { min: 2048, average: 8192, max: 32768, ..ChunkerConfig::default() };
+            let lengths = lengths(&KeyedFastCdc::new(&config, &[9; 32]), &noise(seed, len));
+            prop_assert_eq!(lengths.iter().sum::<usize>(), len);
+            prop_assert!(lengths.iter().all(|length| (1..=32768).contains(length)));
+            prop_assert!(lengths.iter().rev().skip(1).all(|length| *length >= 2048));
+        }
+    }
+}
