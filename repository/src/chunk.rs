@@ -119,8 +119,10 @@ mod tests {
         assert_eq!(lengths(&chunker, &vec![0; 70_001]), [32768, 32768, 4465]);
     }
 
-    const GOLDEN_DEFAULT: &[usize] = &[];
-    const GOLDEN_SMALL: &[usize] = &[];
+    const GOLDEN_DEFAULT: &[usize] =
+        &[1_647_965, 542_845, 289_457, 1_000_570, 845_883, 922_894, 373_132, 837_028, 155_648, 420_100, 871_326, 481_760];
+    const GOLDEN_SMALL: &[usize] =
+        &[8975, 10110, 8646, 14156, 5230, 14207, 22052, 12753, 9270, 10661, 2960, 8435, 3617];
 
     #[test]
     fn another_key_cuts_elsewhere() {

@@ -12,6 +12,8 @@ pub mod chunk;
 pub mod config;
 mod crypto;
 mod directories;
+#[cfg(test)]
+mod double;
 mod engine;
 pub mod error;
 mod glob;

@@ -149,7 +149,9 @@ impl Walk<'_> {
             return Ok(());
         }
         if self.path.len() > MAX_PATH_BYTES {
-            return visitor.skip(Skipped { path: self.path.clone(), reason: Reason::TooLarge });
+            // Listed by its beginning: lists have the same limit.
+            let path = self.path[..MAX_PATH_BYTES].to_vec();
+            return visitor.skip(Skipped { path, reason: Reason::TooLarge });
         }
         if let Err(error) = self.reopen() {
             // The rest of this directory is out of reach.

@@ -89,7 +89,7 @@ async fn unchanged_files_are_not_read_and_not_stored_again() {
 
     // Without a parent everything is read, and nothing new is found in whole files.
     let again = back_up(&repository, source.path(), None).await.snapshot;
-    assert_eq!(again.stats.read_bytes, first.stats.read_bytes - noise(7, 700).len() as u64 + 5000);
+    assert_eq!(again.stats.read_bytes, first.stats.read_bytes - 700 - 13 + 5000);
     assert!(again.stats.new_bytes < 600 << 10, "{}", again.stats.new_bytes);
 }
 
@@ -368,9 +368,9 @@ async fn directories_that_cannot_be_read_are_listed() {
     assert!(deepest.len() > 32 << 10);
     let report = back_up(&repository, source.path(), None).await;
     assert!(!report.skipped.is_empty());
-    assert!(report.skipped.iter().all(|skipped| skipped.reason == Reason::TooLarge), "{:?}", report.skipped.len());
+    assert!(report.skipped.iter().all(|skipped| skipped.reason == Reason::TooLarge), "{} skipped", report.skipped.len());
     assert_eq!(report.snapshot.counts.skipped, report.skipped.len() as u64);
-    assert_eq!(tree::skipped(&repository, &report.snapshot).await.unwrap(), report.skipped);
+    assert!(tree::skipped(&repository, &report.snapshot).await.unwrap() == report.skipped);
     let target = tempfile::tempdir().unwrap();
     assert_eq!(restore_all(&repository, &report.snapshot, target.path()).await.failed, []);
 }

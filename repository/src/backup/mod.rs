@@ -9,6 +9,8 @@ mod compare;
 mod entries;
 mod parent;
 mod read;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 use std::collections::BTreeMap;

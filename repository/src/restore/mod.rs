@@ -10,6 +10,8 @@ mod create;
 mod plan;
 mod select;
 mod target;
+#[cfg(test)]
+mod tests;
 mod verb;
 mod write;
 
