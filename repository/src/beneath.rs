@@ -17,8 +17,7 @@ use crate::manifest::is_valid_path;
 const STEP_BYTES: usize = 3500;
 /// `openat2` asks for another try when something was renamed on the way.
 const TRIES: usize = 16;
-const RESOLVE: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// A directory, and all that may be opened through it.
 #[derive(Debug)]
@@ -134,7 +133,15 @@ mod tests {
             assert!(beneath.open_at(b"a/b/file", OFlags::RDONLY).is_ok());
             assert!(beneath.open_dir(b"").is_ok());
             assert!(beneath.open_dir(b"a/b").is_ok());
-            for path in [&b"a/inner/file"[..], b"up/secret", b"slash/etc", b"last", b"../secret", b"/etc/passwd", b"a/../../secret"] {
+            for path in [
+                &b"a/inner/file"[..],
+                b"up/secret",
+                b"slash/etc",
+                b"last",
+                b"../secret",
+                b"/etc/passwd",
+                b"a/../../secret",
+            ] {
                 assert!(beneath.open_at(path, OFlags::RDONLY).is_err(), "{path:?}");
             }
             assert!(beneath.open_dir(b"a/b/file").is_err());

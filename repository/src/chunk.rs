@@ -1,6 +1,6 @@
 //! Cutting bytes into chunks at places that the bytes themselves decide.
 //!
-//! One implementation so far: FastCDC (Xia et al., ATC'16 and TPDS'20) in the two-byte form of 2020, with a gear
+//! One implementation so far: `FastCDC` (Xia et al., ATC'16 and TPDS'20) in the two-byte form of 2020, with a gear
 //! table derived from the domain's chunker key, so that outsiders cannot predict cut points. Pure; reads nothing.
 
 use fastcdc::v2020::{Normalization, cut_gear, select_masks};
@@ -21,7 +21,7 @@ pub trait Chunker: Send + Sync {
     fn max(&self) -> usize;
 }
 
-/// FastCDC of 2020 with a keyed gear table and normalisation level 1.
+/// `FastCDC` of 2020 with a keyed gear table and normalisation level 1.
 #[derive(Clone)]
 pub struct KeyedFastCdc {
     gear: [u64; 256],
@@ -119,8 +119,9 @@ mod tests {
         assert_eq!(lengths(&chunker, &vec![0; 70_001]), [32768, 32768, 4465]);
     }
 
-    const GOLDEN_DEFAULT: &[usize] =
-        &[1_647_965, 542_845, 289_457, 1_000_570, 845_883, 922_894, 373_132, 837_028, 155_648, 420_100, 871_326, 481_760];
+    const GOLDEN_DEFAULT: &[usize] = &[
+        1_647_965, 542_845, 289_457, 1_000_570, 845_883, 922_894, 373_132, 837_028, 155_648, 420_100, 871_326, 481_760,
+    ];
     const GOLDEN_SMALL: &[usize] =
         &[8975, 10110, 8646, 14156, 5230, 14207, 22052, 12753, 9270, 10661, 2960, 8435, 3617];
 
@@ -138,7 +139,14 @@ mod tests {
         let chunker = KeyedFastCdc::new(&ChunkerConfig::default(), &[3; 32]);
         let bytes = noise(3, 32 << 20);
         let ends = |lengths: &[usize], shift: usize| -> std::collections::BTreeSet<usize> {
-            lengths.iter().scan(0, |at, length| { *at += length; Some(*at) }).map(|end| end.saturating_sub(shift)).collect()
+            lengths
+                .iter()
+                .scan(0, |at, length| {
+                    *at += length;
+                    Some(*at)
+                })
+                .map(|end| end.saturating_sub(shift))
+                .collect()
         };
         let before = lengths(&chunker, &bytes);
         let mut longer = bytes.clone();

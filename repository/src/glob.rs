@@ -87,10 +87,8 @@ impl Glob {
             is_literal &= matches!(token, Token::Byte(_));
             tokens.push(token);
         }
-        let mut literal: Vec<u8> = tokens
-            .iter()
-            .map_while(|token| if let Token::Byte(byte) = token { Some(*byte) } else { None })
-            .collect();
+        let mut literal: Vec<u8> =
+            tokens.iter().map_while(|token| if let Token::Byte(byte) = token { Some(*byte) } else { None }).collect();
         if !is_literal {
             literal.truncate(literal.iter().rposition(|byte| *byte == b'/').unwrap_or(0));
         }
@@ -99,11 +97,7 @@ impl Glob {
 
     /// Whether the pattern means exactly this path.
     pub(crate) fn matches(&self, path: &[u8]) -> bool {
-        let text = if self.anchored {
-            path
-        } else {
-            path.rsplit(|byte| *byte == b'/').next().unwrap_or(path)
-        };
+        let text = if self.anchored { path } else { path.rsplit(|byte| *byte == b'/').next().unwrap_or(path) };
         if self.is_literal {
             return text == self.literal;
         }

@@ -14,13 +14,14 @@ pub(crate) const MAX_XATTR_BYTES: usize = 1 << 20;
 
 /// Permissions, owner, times and inode; the attributes are empty.
 pub(crate) fn of_stat(stat: &Stat) -> Meta {
-    let time = |seconds: i64, nanoseconds: u64| Time { seconds, nanoseconds: nanoseconds as u32 };
+    // The kernel keeps nanoseconds below 10⁹.
+    let time = |seconds, nanoseconds| Time { seconds, nanoseconds: u32::try_from(nanoseconds).unwrap_or(0) };
     Meta {
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
-        mtime: time(stat.st_mtime, stat.st_mtime_nsec as u64),
-        ctime: time(stat.st_ctime, stat.st_ctime_nsec as u64),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
         inode: stat.st_ino,
         xattrs: Vec::new(),
     }
@@ -77,8 +78,7 @@ pub(crate) fn xattr_names(subject: Subject<'_>) -> io::Result<Vec<Vec<u8>>> {
         Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
-    let mut names: Vec<_> =
-        list.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect();
+    let mut names: Vec<_> = list.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect();
     names.sort_unstable();
     Ok(names)
 }

@@ -119,11 +119,7 @@ pub async fn stream(
     Ok(manifest.read(all))
 }
 
-fn walk(
-    manifest: &Manifest,
-    path: Vec<u8>,
-    recursive: bool,
-) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
+fn walk(manifest: &Manifest, path: Vec<u8>, recursive: bool) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
     let range = manifest.range_of(&path);
     let pages = manifest.pages();
     let wanted = range.filter(|page| {

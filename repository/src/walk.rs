@@ -60,7 +60,9 @@ impl Names {
         let mut names = Self { bytes: Vec::new(), ends: Vec::new(), next: 0 };
         let failed = names.fill(directory).err();
         let Self { bytes, ends, .. } = &mut names;
-        ends.sort_unstable_by(|one, other| bytes[one.0 as usize..one.1 as usize].cmp(&bytes[other.0 as usize..other.1 as usize]));
+        ends.sort_unstable_by(|one, other| {
+            bytes[one.0 as usize..one.1 as usize].cmp(&bytes[other.0 as usize..other.1 as usize])
+        });
         (names, failed)
     }
 
@@ -133,18 +135,14 @@ impl Walk<'_> {
         let Some(level) = self.levels.last_mut() else { return Ok(()) };
         self.path.truncate(level.path_len);
         let name_at = if level.path_len == 0 { 0 } else { level.path_len + 1 };
-        match level.names.next() {
-            Some(name) => {
-                if level.path_len > 0 {
-                    self.path.push(b'/');
-                }
-                self.path.extend_from_slice(name);
-            }
-            None => {
-                self.levels.pop();
-                return Ok(());
-            }
+        let Some(name) = level.names.next() else {
+            self.levels.pop();
+            return Ok(());
+        };
+        if level.path_len > 0 {
+            self.path.push(b'/');
         }
+        self.path.extend_from_slice(name);
         if self.options.excludes.iter().any(|exclude| exclude.matches(&self.path)) {
             return Ok(());
         }

@@ -1,5 +1,7 @@
 //! Hostile snapshots: whatever a manifest says, a restore writes nothing outside of its target and gives nobody rights.
 
+#![allow(clippy::unwrap_used, reason = "only tests use these functions; a failure here is theirs")]
+
 mod trees;
 
 use std::fs;
@@ -217,7 +219,8 @@ async fn pages_in_another_order_than_the_root_says_are_refused() {
     let (_store, repository) = made().await;
     let (_base, target, outside) = scene();
     let session = repository.begin(SessionOptions::default()).await.unwrap();
-    let one = put(&session, ChunkKind::Manifest, &encode_page(&[entry(b"a", Kind::Fifo), entry(b"m", Kind::Fifo)])).await;
+    let one =
+        put(&session, ChunkKind::Manifest, &encode_page(&[entry(b"a", Kind::Fifo), entry(b"m", Kind::Fifo)])).await;
     let page = |first: &[u8], entries| PageRef { chunk: one, first: first.to_vec(), entries, bytes: 0 };
     for pages in [
         vec![page(b"b", 2)],

@@ -1,6 +1,8 @@
 //! The stored forms of manifests: every entry comes back, no bytes make a decoder panic or unfold without bound, and
 //! the bytes themselves do not change from version to version.
 
+#![allow(clippy::unwrap_used, reason = "only tests use these functions; a failure here is theirs")]
+
 use lifeboat_repository::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use lifeboat_repository::manifest::{
     Contents, Entry, Kind, MAX_PAGE_BYTES, Meta, PageRef, Piece, Reason, Regular, Skipped, Time, Xattr, compare_paths,
@@ -16,7 +18,10 @@ fn chunk() -> impl Strategy<Value = ChunkRef> {
     (0u8..6, 0u8..3).prop_map(|(id, session)| ChunkRef {
         id: ChunkId([id; 32]),
         len: 1 + u32::from(id) * 1000,
-        place: Place { pack: PackId { session: SessionId([session; 16]), seq: u32::from(id) * 77 }, slot: u16::from(id) },
+        place: Place {
+            pack: PackId { session: SessionId([session; 16]), seq: u32::from(id) * 77 },
+            slot: u16::from(id),
+        },
     })
 }
 
@@ -34,7 +39,7 @@ fn piece() -> impl Strategy<Value = Piece> {
 fn kind() -> impl Strategy<Value = Kind> {
     let flags = (any::<bool>(), any::<bool>());
     prop_oneof![
-        4 => (vec(piece(), 0..5), flags.clone()).prop_map(|(pieces, (sparse, linked))| Kind::Regular(Regular {
+        4 => (vec(piece(), 0..5), flags).prop_map(|(pieces, (sparse, linked))| Kind::Regular(Regular {
             size: pieces.iter().map(Piece::len).sum(),
             sparse,
             linked,
@@ -56,9 +61,8 @@ fn kind() -> impl Strategy<Value = Kind> {
 fn meta() -> impl Strategy<Value = Meta> {
     let time = || (any::<i64>(), 0u32..1_000_000_000).prop_map(|(seconds, nanoseconds)| Time { seconds, nanoseconds });
     let xattr = (vec(1u8.., 1..30), vec(any::<u8>(), 0..60)).prop_map(|(name, value)| Xattr { name, value });
-    (0u32..0o10000, 0..u32::MAX, 0..u32::MAX, time(), time(), any::<u64>(), vec(xattr, 0..3)).prop_map(
-        |(mode, uid, gid, mtime, ctime, inode, xattrs)| Meta { mode, uid, gid, mtime, ctime, inode, xattrs },
-    )
+    (0u32..0o10000, 0..u32::MAX, 0..u32::MAX, time(), time(), any::<u64>(), vec(xattr, 0..3))
+        .prop_map(|(mode, uid, gid, mtime, ctime, inode, xattrs)| Meta { mode, uid, gid, mtime, ctime, inode, xattrs })
 }
 
 fn path() -> impl Strategy<Value = Vec<u8>> {
@@ -72,11 +76,8 @@ fn entries() -> impl Strategy<Value = Vec<Entry>> {
     btree_set(path(), 1..40).prop_flat_map(|paths| {
         let count = paths.len();
         (Just(paths), vec((meta(), kind()), count)).prop_map(|(paths, rest)| {
-            let mut entries: Vec<_> = paths
-                .into_iter()
-                .zip(rest)
-                .map(|(path, (meta, kind))| Entry { path, meta, kind })
-                .collect();
+            let mut entries: Vec<_> =
+                paths.into_iter().zip(rest).map(|(path, (meta, kind))| Entry { path, meta, kind }).collect();
             entries.sort_by(|one, other| compare_paths(&one.path, &other.path));
             entries
         })
@@ -195,7 +196,10 @@ fn hostile_entries_are_refused() {
         assert_eq!(refused(&[entry(b"b", Kind::Link { to: to.to_vec() })]), "a hard link to no earlier path", "{to:?}");
     }
     for target in [&b""[..], b"a\0b"] {
-        assert_eq!(refused(&[entry(b"a", Kind::Symlink { target: target.to_vec() })]), "a symbolic link that cannot be");
+        assert_eq!(
+            refused(&[entry(b"a", Kind::Symlink { target: target.to_vec() })]),
+            "a symbolic link that cannot be"
+        );
     }
     let with = |meta| Entry { path: b"a".to_vec(), meta, kind: Kind::Fifo };
     refused(&[with(Meta { mode: 0o100_644, ..Meta::default() })]);
@@ -222,7 +226,7 @@ fn hostile_entries_are_refused() {
 fn pages_that_unfold_without_bound_are_refused() {
     // Each path takes four bytes, sharing 30,000 with the one before.
     let long = |number: u32| [&vec![b'x'; 30_000][..], &number.to_be_bytes().map(|byte| byte | 0x80)].concat();
-    let mut paths: Vec<_> = (0..2000).map(|number: u32| long(number % 128 + (number / 128 % 128 << 8))).collect();
+    let mut paths: Vec<_> = (0..2000).map(|number: u32| long(number % 128 + ((number / 128 % 128) << 8))).collect();
     paths.sort();
     paths.dedup();
     let bomb: Vec<_> = paths.into_iter().map(|path| entry(&path, Kind::Fifo)).collect();
@@ -230,6 +234,10 @@ fn pages_that_unfold_without_bound_are_refused() {
     assert!(bytes.len() < 100_000, "{}", bytes.len());
     assert_eq!(decode_page(&bytes).unwrap_err().what, "the paths of a page are too long together");
     assert_eq!(decode_page(&vec![0; MAX_PAGE_BYTES + 1]).unwrap_err().what, "the record is too large");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// The stored bytes of version 1. If this fails, repositories that exist can no longer be read: make a version 2.
@@ -259,17 +267,17 @@ fn the_bytes_are_frozen() {
         entry(b"c", file(1 << 40, false, false, Contents::Listed(vec![list]))),
         entry(b"d", Kind::Socket),
     ];
-    let hex = |bytes: Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+
     let bytes = encode_page(&page);
     assert_eq!(decode_page(&bytes).unwrap(), page);
-    assert_eq!(hex(bytes), include_str!("golden/manifest-page-1.hex").trim());
+    assert_eq!(hex(&bytes), include_str!("golden/manifest-page-1.hex").trim());
     let bytes = encode_pieces(&[Piece::whole(data), Piece::Hole { len: 1 }, part]);
-    assert_eq!(hex(bytes), include_str!("golden/piece-list-1.hex").trim());
+    assert_eq!(hex(&bytes), include_str!("golden/piece-list-1.hex").trim());
     let first = |first: &[u8], chunk| PageRef { chunk, first: first.to_vec(), entries: 7, bytes: 1 << 20 };
     let bytes = encode_root(&[first(b"", data), first(b"a/b", list), first(b"a/c", data)]);
-    assert_eq!(hex(bytes), include_str!("golden/root-1.hex").trim());
+    assert_eq!(hex(&bytes), include_str!("golden/root-1.hex").trim());
     let unreadable = Reason::Unreadable { error: "no".to_owned() };
     let skipped = |path: &[u8], reason| Skipped { path: path.to_vec(), reason };
     let bytes = encode_skipped(&[skipped(b"a", unreadable), skipped(b"b", Reason::Shrunk)]);
-    assert_eq!(hex(bytes), include_str!("golden/skipped-1.hex").trim());
+    assert_eq!(hex(&bytes), include_str!("golden/skipped-1.hex").trim());
 }

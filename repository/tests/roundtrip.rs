@@ -1,5 +1,7 @@
 //! What was backed up comes back as it was, in every respect; and only what changed is read again.
 
+#![allow(clippy::unwrap_used, reason = "only tests use these functions; a failure here is theirs")]
+
 mod trees;
 
 use std::fs;
@@ -111,7 +113,8 @@ async fn a_change_that_keeps_size_and_mtime_is_noticed() {
 }
 
 async fn read(repository: &Repository, snapshot: &Snapshot, path: &str) -> Vec<u8> {
-    let pieces: Vec<_> = tree::read_file(repository, snapshot, Path::new(path)).await.unwrap().try_collect().await.unwrap();
+    let pieces: Vec<_> =
+        tree::read_file(repository, snapshot, Path::new(path)).await.unwrap().try_collect().await.unwrap();
     pieces.concat()
 }
 
@@ -132,7 +135,10 @@ async fn folders_are_listed_and_files_read_alone() {
     assert_eq!(list(Some("docs/empty"), false).await, ["docs/empty"]);
     let all = list(None, true).await;
     assert_eq!(all.len() as u64 + 1, snapshot.counts.files + snapshot.counts.directories + snapshot.counts.others);
-    assert!(all.windows(2).all(|pair| compare_paths(pair[0].as_bytes(), pair[1].as_bytes()).is_lt() || pair[0].contains('\u{fffd}')));
+    assert!(
+        all.windows(2)
+            .all(|pair| compare_paths(pair[0].as_bytes(), pair[1].as_bytes()).is_lt() || pair[0].contains('\u{fffd}'))
+    );
     let top = list(None, false).await;
     assert!(top.iter().all(|path| !path.contains('/')) && top.contains(&"docs".to_owned()), "{top:?}");
 
@@ -168,7 +174,8 @@ async fn many_files_over_many_pages() {
     let second = back_up(&repository, source.path(), Some(&first)).await.snapshot;
     assert_eq!(second.stats.read_bytes, 19);
     let after = tree::manifest(&repository, &second).await.unwrap();
-    let kept = after.pages().iter().filter(|page| manifest.pages().iter().any(|old| old.chunk.id == page.chunk.id)).count();
+    let kept =
+        after.pages().iter().filter(|page| manifest.pages().iter().any(|old| old.chunk.id == page.chunk.id)).count();
     assert!(kept + 4 >= after.pages().len() && kept > 0, "{kept} of {} pages are kept", after.pages().len());
     let target = tempfile::tempdir().unwrap();
     assert_eq!(restore_all(&repository, &second, target.path()).await.failed, []);
@@ -215,10 +222,14 @@ async fn a_part_is_restored_with_the_directories_above() {
     assert_eq!(report.failed, []);
     let (before, after) = (describe(source.path()), describe(target.path()));
     let paths: Vec<_> = after.keys().map(|path| String::from_utf8_lossy(path).into_owned()).collect();
-    assert_eq!(paths, ["", "docs", "docs/deep", "docs/deep/er", "docs/deep/er/file", "hard", "hard/second", "hard/third"]);
+    assert_eq!(
+        paths,
+        ["", "docs", "docs/deep", "docs/deep/er", "docs/deep/er/file", "hard", "hard/second", "hard/third"]
+    );
     for (path, entry) in &after {
         let of_links = path.starts_with(b"hard/");
-        let expected = Described { same_as: if of_links { entry.same_as.clone() } else { None }, ..before[path].clone() };
+        let expected =
+            Described { same_as: if of_links { entry.same_as.clone() } else { None }, ..before[path].clone() };
         assert_eq!(entry, &expected, "{}", String::from_utf8_lossy(path));
     }
     assert_eq!(after[&b"hard/third"[..]].same_as.as_deref(), Some(&b"hard/second"[..]));
@@ -315,7 +326,9 @@ async fn a_cancelled_backup_leaves_nothing_visible() {
 async fn files_from_memory_and_recovery_points() {
     let (_store, repository) = made().await;
     let mtime = jiff::Timestamp::new(1_700_000_000, 5).unwrap();
-    let file = |path: &str, bytes: Vec<u8>| Ok::<_, std::io::Error>(VirtualFile { path: path.into(), bytes: bytes.into(), mtime });
+    let file = |path: &str, bytes: Vec<u8>| {
+        Ok::<_, std::io::Error>(VirtualFile { path: path.into(), bytes: bytes.into(), mtime })
+    };
     let large = noise(3, 3 << 20);
     let files = vec![
         file("apps/deployments/a.json", b"{}".to_vec()),
@@ -325,7 +338,10 @@ async fn files_from_memory_and_recovery_points() {
     ];
     let plan = TreeBackup { lineage: "objects".into(), host: "controller".into(), ..TreeBackup::default() };
     let report = backup::entries(&repository, stream::iter(files), plan.clone(), Arc::default()).await.unwrap();
-    assert_eq!(report.snapshot.counts, Counts { files: 4, directories: 5, others: 0, bytes: 5 + (3 << 20), skipped: 0 });
+    assert_eq!(
+        report.snapshot.counts,
+        Counts { files: 4, directories: 5, others: 0, bytes: 5 + (3 << 20), skipped: 0 }
+    );
     assert_eq!(report.snapshot.host, "controller");
     assert!(read(&repository, &report.snapshot, "apps/deployments/b.json").await == large);
     assert_eq!(read(&repository, &report.snapshot, "core/pods/c.json").await, b"pod");
@@ -345,16 +361,33 @@ async fn files_from_memory_and_recovery_points() {
 
     let description = serde_json::json!({"application": "shop"});
     let members = vec![report.snapshot.id];
-    let point = backup::recovery_point(&repository, "app".into(), [("a".into(), "b".into())].into(), members.clone(), description.clone(), report.snapshot.counts)
-        .await
-        .unwrap();
+    let point = backup::recovery_point(
+        &repository,
+        "app".into(),
+        [("a".into(), "b".into())].into(),
+        members.clone(),
+        description.clone(),
+        report.snapshot.counts,
+    )
+    .await
+    .unwrap();
     let found = repository.find(&point.id.to_string()).await.unwrap();
     assert_eq!(found.content, Content::RecoveryPoint { members, description });
     assert_eq!(repository.snapshots().await.unwrap().len(), 2, "nothing of the failed ones");
     let missing = vec![lifeboat_repository::id::SnapshotId([9; 16])];
-    let error = backup::recovery_point(&repository, "app".into(), [].into(), missing, serde_json::Value::Null, Counts::default()).await.unwrap_err();
+    let error = backup::recovery_point(
+        &repository,
+        "app".into(),
+        [].into(),
+        missing,
+        serde_json::Value::Null,
+        Counts::default(),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(error.class(), ErrorClass::NotFound);
-    let error = restore::tree(&repository, &point, target.path(), RestoreOptions::default(), Arc::default()).await.unwrap_err();
+    let error =
+        restore::tree(&repository, &point, target.path(), RestoreOptions::default(), Arc::default()).await.unwrap_err();
     assert_eq!(error.class(), ErrorClass::Invalid);
 }
 
@@ -368,7 +401,11 @@ async fn directories_that_cannot_be_read_are_listed() {
     assert!(deepest.len() > 32 << 10);
     let report = back_up(&repository, source.path(), None).await;
     assert!(!report.skipped.is_empty());
-    assert!(report.skipped.iter().all(|skipped| skipped.reason == Reason::TooLarge), "{} skipped", report.skipped.len());
+    assert!(
+        report.skipped.iter().all(|skipped| skipped.reason == Reason::TooLarge),
+        "{} skipped",
+        report.skipped.len()
+    );
     assert_eq!(report.snapshot.counts.skipped, report.skipped.len() as u64);
     assert!(tree::skipped(&repository, &report.snapshot).await.unwrap() == report.skipped);
     let target = tempfile::tempdir().unwrap();

@@ -35,6 +35,13 @@ struct Bundle {
     files: usize,
 }
 
+/// A bundle on its way into the repository.
+struct Storing {
+    number: u64,
+    files: usize,
+    put: JoinHandle<Result<Put, SessionError>>,
+}
+
 struct Waiting {
     entry: Entry,
     /// Number of the bundle, offset and length there.
@@ -49,7 +56,7 @@ pub(super) struct Assembly {
     /// For new files, and for files that the parent has with other content.
     open: [Bundle; 2],
     next_bundle: u64,
-    storing: VecDeque<(u64, usize, JoinHandle<Result<Put, SessionError>>)>,
+    storing: VecDeque<Storing>,
     stored: HashMap<u64, (ChunkRef, usize)>,
     /// First paths that could not be read; once another name of the file was read, that one.
     lost: HashMap<Vec<u8>, Option<Vec<u8>>>,
@@ -148,7 +155,9 @@ impl Assembly {
     async fn bundle(&mut self, entry: Entry, bytes: &[u8], changed: bool) -> Result<(), BackupError> {
         let which = usize::from(changed);
         let open = &mut self.open[which];
-        let place = (open.number, open.bytes.len() as u32, bytes.len() as u32);
+        // Both are far below 4 GiB: bundles end at [`BUNDLE_MAX`].
+        let short = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
+        let place = (open.number, short(open.bytes.len()), short(bytes.len()));
         open.bytes.extend_from_slice(bytes);
         open.files += 1;
         let size = open.bytes.len();
@@ -168,7 +177,7 @@ impl Assembly {
         let plain = Bytes::from(bytes);
         let id = self.context.sink.chunk_id(&plain);
         let put = self.context.store(ChunkKind::Bundle, id, plain).await?;
-        self.storing.push_back((number, files, put));
+        self.storing.push_back(Storing { number, files, put });
         while self.storing.len() >= IN_FLIGHT {
             self.settle().await?;
         }
@@ -176,7 +185,7 @@ impl Assembly {
     }
 
     async fn settle(&mut self) -> Result<(), BackupError> {
-        if let Some((number, files, put)) = self.storing.pop_front() {
+        if let Some(Storing { number, files, put }) = self.storing.pop_front() {
             let put = put.await.map_err(BackupError::Worker)??;
             self.stored.insert(number, (put.chunk, files));
         }
@@ -185,7 +194,7 @@ impl Assembly {
 
     /// Writes the entries at the front that wait for nothing.
     async fn drain(&mut self) -> Result<(), BackupError> {
-        while self.storing.front().is_some_and(|(_, _, put)| put.is_finished()) {
+        while self.storing.front().is_some_and(|bundle| bundle.put.is_finished()) {
             self.settle().await?;
         }
         if self.queue.len() > WINDOW {

@@ -41,10 +41,16 @@ pub(super) enum Item {
     Skipped(Skipped),
 }
 
-/// First paths of files with several names.
+/// The first path of a file, and how many other names of it were not met yet.
+struct FirstName {
+    path: Box<[u8]>,
+    left: u64,
+}
+
+/// Files with several names, by device and inode.
 #[derive(Default)]
 struct Links {
-    first: HashMap<(u64, u64), (Box<[u8]>, u64)>,
+    first: HashMap<(u64, u64), FirstName>,
     bytes: usize,
 }
 
@@ -58,10 +64,10 @@ enum LinkState {
 impl Links {
     fn meet(&mut self, stat: &Stat, path: &[u8]) -> LinkState {
         let key = (stat.st_dev, stat.st_ino);
-        if let Some((first, left)) = self.first.get_mut(&key) {
-            let to = first.to_vec();
-            *left -= 1;
-            if *left == 0 {
+        if let Some(first) = self.first.get_mut(&key) {
+            let to = first.path.to_vec();
+            first.left -= 1;
+            if first.left == 0 {
                 self.first.remove(&key);
                 self.bytes -= to.len();
             }
@@ -71,7 +77,10 @@ impl Links {
             return LinkState::NotKept;
         }
         self.bytes += path.len();
-        self.first.insert(key, (path.into(), u64::from(stat.st_nlink as u32) - 1));
+        // The type of the count differs between machines.
+        #[allow(clippy::useless_conversion, reason = "not the same type everywhere")]
+        let names = u64::from(stat.st_nlink);
+        self.first.insert(key, FirstName { path: path.into(), left: names - 1 });
         LinkState::First
     }
 }
@@ -156,10 +165,9 @@ impl Comparison {
             match self.links.meet(stat, found.path) {
                 LinkState::Other { to } => return Ok((Kind::Link { to }, Todo::Nothing)),
                 LinkState::First => linked = true,
-                LinkState::NotKept => self.push(Item::Skipped(Skipped {
-                    path: found.path.to_vec(),
-                    reason: Reason::LinkNotKept,
-                }))?,
+                LinkState::NotKept => {
+                    self.push(Item::Skipped(Skipped { path: found.path.to_vec(), reason: Reason::LinkNotKept }))?;
+                }
             }
         }
         let (size, sparse) = size_and_sparse(stat);
@@ -218,9 +226,7 @@ impl Visitor for Comparison {
                 Ok(target) => (Kind::Symlink { target: target.into_bytes() }, Todo::Nothing),
                 Err(error) => return self.skip(unreadable(found.path, &error.into())),
             },
-            FileType::CharacterDevice => {
-                (Kind::CharDevice { major: major(rdev), minor: minor(rdev) }, Todo::Nothing)
-            }
+            FileType::CharacterDevice => (Kind::CharDevice { major: major(rdev), minor: minor(rdev) }, Todo::Nothing),
             FileType::BlockDevice => (Kind::BlockDevice { major: major(rdev), minor: minor(rdev) }, Todo::Nothing),
             FileType::Fifo => (Kind::Fifo, Todo::Nothing),
             FileType::Socket => (Kind::Socket, Todo::Nothing),

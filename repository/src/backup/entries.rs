@@ -61,8 +61,7 @@ pub async fn entries_in<E>(
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let chunker: Arc<dyn Chunker> =
-        Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key()));
+    let chunker: Arc<dyn Chunker> = Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key()));
     let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
     let work = write_entries(sink, chunker, files, Arc::clone(&progress));
     decide(&session, &options, &progress, work).await

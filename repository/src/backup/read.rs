@@ -43,11 +43,16 @@ const MIN_HOLE_BYTES: u64 = 64 << 10;
 /// changed again with the same times; it is read again by the next backup.
 const TIME_STEP_MS: i128 = 20;
 
+/// Is told the path of a file that is about to be opened.
+pub(super) type OnOpen = Box<dyn Fn(&[u8]) + Send + Sync>;
+/// Is told the path and the offset that is about to be read.
+pub(super) type OnRead = Box<dyn Fn(&[u8], u64) + Send + Sync>;
+
 /// Calls at the moments at which tests change the tree.
 #[derive(Default)]
 pub(super) struct Hooks {
-    pub(super) before_open: Option<Box<dyn Fn(&[u8]) + Send + Sync>>,
-    pub(super) before_read: Option<Box<dyn Fn(&[u8], u64) + Send + Sync>>,
+    pub(super) before_open: Option<OnOpen>,
+    pub(super) before_read: Option<OnRead>,
 }
 
 /// What all parts of a backup share.
@@ -149,7 +154,7 @@ pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<V
         outcomes.push(match read {
             Ok(outcome) => outcome,
             // It grew since the walk.
-            Err(entry) => resolve_large(&context, entry, Todo::Read { changed: true }).await?,
+            Err(entry) => resolve_large(&context, *entry, Todo::Read { changed: true }).await?,
         });
     }
     Ok(outcomes)
@@ -246,7 +251,7 @@ fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reaso
 }
 
 /// Reads an item if it is small; gives it back if it is not (any more).
-fn read_small(context: &Context, item: Item) -> Result<Outcome, Entry> {
+fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
     let (mut entry, changed) = match item {
         Item::Skipped(skipped) => return Ok(Outcome::Skipped(skipped)),
         Item::Entry(entry, Todo::Read { changed }) => (entry, changed),
@@ -276,7 +281,7 @@ fn read_small(context: &Context, item: Item) -> Result<Outcome, Entry> {
             }
             Ok(Outcome::Small { entry, bytes: bytes.into(), changed })
         }
-        Ok(None) => Err(entry),
+        Ok(None) => Err(Box::new(entry)),
         Err(reason) => Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
     }
 }
@@ -313,7 +318,7 @@ impl LargeFile {
                 bytes += plain.len();
                 cuts.push(Cut::Chunk(context.sink.chunk_id(&plain), plain));
             } else if self.at < self.size {
-                if let Some(hole) = self.next_run()? {
+                if let Some(hole) = self.next_run() {
                     cuts.push(Cut::Hole(hole));
                     context.progress.add_bytes(hole);
                 }
@@ -340,10 +345,10 @@ impl LargeFile {
     }
 
     /// Finds where data begins and ends; gives back the length of the hole before it.
-    fn next_run(&mut self) -> Result<Option<u64>, Reason> {
+    fn next_run(&mut self) -> Option<u64> {
         if !self.sparse {
             self.data_end = self.size;
-            return Ok(None);
+            return None;
         }
         let start = match seek(&self.file, SeekFrom::Data(self.at)) {
             Ok(start) => start.min(self.size),
@@ -356,7 +361,7 @@ impl LargeFile {
         if hole >= MIN_HOLE_BYTES {
             self.at = start;
             self.data_end = start;
-            return Ok(Some(hole));
+            return Some(hole);
         }
         // Holes that are too short for a piece of their own belong to the data around them.
         let mut end = start;
@@ -376,7 +381,7 @@ impl LargeFile {
             end = next;
         }
         self.data_end = end.max(self.at + 1).min(self.size);
-        Ok(None)
+        None
     }
 }
 

@@ -214,4 +214,3 @@ fn take(failure: &Failure) -> Result<(), BackupError> {
         None => Ok(()),
     }
 }
-

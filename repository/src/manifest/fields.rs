@@ -8,10 +8,10 @@ use super::FormatError;
 /// Appends an unsigned number.
 pub(super) fn put_number(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
-        out.push(value as u8 | 0x80);
+        out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
     }
-    out.push(value as u8);
+    out.push(value.to_le_bytes()[0]);
 }
 
 /// Appends a signed number, zigzag: 0, -1, 1, -2, ...
@@ -147,7 +147,9 @@ mod tests {
 
     #[test]
     fn other_forms_of_numbers_are_refused() {
-        for bytes in [&[0x80][..], &[0x80, 0x00], &[0xff; 10], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]] {
+        for bytes in
+            [&[0x80][..], &[0x80, 0x00], &[0xff; 10], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]]
+        {
             assert!(Fields::new(bytes).number().is_err(), "{bytes:?}");
         }
         assert!(Fields::new(&[5, 1, 2]).bytes().is_err());

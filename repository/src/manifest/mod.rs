@@ -14,11 +14,13 @@ mod writer;
 
 use thiserror::Error;
 
-pub use entry::{Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path};
+pub use entry::{
+    Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path,
+};
 pub(crate) use entry::{is_in, split_path};
 pub use page::{MAX_PAGE_BYTES, decode_page, encode_page};
-pub use pieces::{decode_pieces, encode_pieces};
 pub(crate) use pieces::PieceListWriter;
+pub use pieces::{decode_pieces, encode_pieces};
 pub(crate) use reader::pieces;
 pub use reader::{Manifest, ManifestError};
 pub use root::{PageRef, decode_root, encode_root};

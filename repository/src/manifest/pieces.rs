@@ -63,9 +63,13 @@ impl ChunkTable {
             }
         }
         put_number(out, sessions.len() as u64);
-        sessions.iter().for_each(|session| out.extend_from_slice(&session.0));
+        for session in &sessions {
+            out.extend_from_slice(&session.0);
+        }
         put_number(out, self.chunks.len() as u64);
-        self.chunks.iter().for_each(|chunk| out.extend_from_slice(&chunk.id.0));
+        for chunk in &self.chunks {
+            out.extend_from_slice(&chunk.id.0);
+        }
         out.extend_from_slice(&rest);
     }
 

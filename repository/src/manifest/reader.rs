@@ -7,11 +7,11 @@ use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
 use thiserror::Error;
 
+use super::FormatError;
 use super::entry::{Contents, Entry, Kind, Piece, Regular, compare_paths};
 use super::page::decode_page;
 use super::pieces::{decode_pieces, total_len};
 use super::root::{PageRef, decode_root};
-use super::FormatError;
 use crate::error::{Classified, ErrorClass};
 use crate::id::ChunkId;
 use crate::read::ReadError;
@@ -93,8 +93,7 @@ impl Manifest {
         let page = &self.pages[number];
         let plain = self.source.get(&page.chunk).await?;
         let damaged = |what| ManifestError::Damaged { chunk: page.chunk.id, source: FormatError { what, at: 0 } };
-        let entries =
-            decode_page(&plain).map_err(|source| ManifestError::Damaged { chunk: page.chunk.id, source })?;
+        let entries = decode_page(&plain).map_err(|source| ManifestError::Damaged { chunk: page.chunk.id, source })?;
         if entries.first().is_none_or(|entry| entry.path != page.first) || entries.len() as u64 != page.entries {
             return Err(damaged("a page is not the one that the root record means"));
         }

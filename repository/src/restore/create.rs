@@ -16,7 +16,9 @@ impl Target {
     pub(super) fn create(&self, entry: &Entry) {
         let made = match &entry.kind {
             Kind::Directory => self.create_directory(&entry.path),
-            Kind::Symlink { target } => self.create_with(entry, |directory, name| symlinkat(&target[..], directory, name)),
+            Kind::Symlink { target } => {
+                self.create_with(entry, |directory, name| symlinkat(&target[..], directory, name))
+            }
             Kind::CharDevice { major, minor } => self.create_node(entry, FileType::CharacterDevice, (*major, *minor)),
             Kind::BlockDevice { major, minor } => self.create_node(entry, FileType::BlockDevice, (*major, *minor)),
             Kind::Fifo => self.create_node(entry, FileType::Fifo, (0, 0)),
@@ -62,7 +64,8 @@ impl Target {
 
     /// Makes another name of a file that this restore wrote.
     pub(super) fn create_link(&self, entry: &Entry, to: &[u8], files: &LinkedFiles) -> io::Result<()> {
-        let expected = files.known.get(to).ok_or_else(|| io::Error::other("the file that it names was not restored"))?;
+        let expected =
+            files.known.get(to).ok_or_else(|| io::Error::other("the file that it names was not restored"))?;
         let (from, from_name) = split_path(to);
         let (parent, name) = split_path(&entry.path);
         let from = self.beneath.open_dir(from)?;

@@ -70,7 +70,7 @@ impl Batch {
     ///
     /// A damaged or missing chunk costs the files that need it; any other failure ends the restore.
     pub(super) async fn perform(self, source: Arc<dyn ChunkSource>, target: Arc<Target>) -> Result<(), RestoreError> {
-        let Self { chunks, mut writes, .. } = self;
+        let Self { chunks, writes: mut planned, .. } = self;
         let mut failures: HashMap<ChunkId, String> = HashMap::new();
         let mut writers = JoinSet::new();
         let mut arriving = source.get_many(chunks.clone());
@@ -78,13 +78,13 @@ impl Batch {
             target.check()?;
             match arrived {
                 Ok((number, plain)) => {
-                    let Some(writes) = writes.get_mut(number).map(mem::take) else { continue };
+                    let Some(parts) = planned.get_mut(number).map(mem::take) else { continue };
                     while writers.len() >= WRITERS
                         && let Some(ended) = writers.join_next().await
                     {
                         ended?;
                     }
-                    writers.spawn_blocking(move || writes.iter().for_each(|write| write.perform(&plain)));
+                    writers.spawn_blocking(move || parts.iter().for_each(|part| part.perform(&plain)));
                 }
                 Err(error) if matches!(error.class(), ErrorClass::Damaged | ErrorClass::NotFound) => {
                     if let ReadError::Missing { id, .. } | ReadError::DamagedChunk { id, .. } = &error {
@@ -100,7 +100,7 @@ impl Batch {
         // What did not arrive will not.
         let lost: Vec<_> = chunks
             .iter()
-            .zip(writes)
+            .zip(planned)
             .filter(|(_, writes)| !writes.is_empty())
             .map(|(chunk, writes)| {
                 let reason = failures.remove(&chunk.id);

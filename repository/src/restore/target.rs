@@ -114,10 +114,8 @@ impl Target {
     /// Removes a file that was not finished.
     pub(super) fn remove_file(&self, path: &[u8]) {
         let (parent, name) = crate::manifest::split_path(path);
-        let removed = self
-            .beneath
-            .open_dir(parent)
-            .and_then(|directory| Ok(unlinkat(directory, name, AtFlags::empty())?));
+        let removed =
+            self.beneath.open_dir(parent).and_then(|directory| Ok(unlinkat(directory, name, AtFlags::empty())?));
         if let Err(error) = removed {
             self.fail(path, What::Create, &error);
         }

@@ -153,20 +153,17 @@ impl Restore {
                     continue;
                 }
                 let to = to.clone();
-                match self.manifest.find(&to).await? {
-                    Some(Entry { kind: Kind::Regular(file), meta, .. }) => {
-                        let path = entry.path.clone();
-                        let mut queue = Queue::new(self);
-                        let kind = Kind::Regular(Regular { linked: true, ..file });
-                        queue.push(Entry { path: path.clone(), meta, kind }).await?;
-                        queue.finish().await?;
-                        instead.insert(to, path);
-                    }
-                    _ => {
-                        let reason = "the snapshot has no file at the path that it names".to_owned();
-                        self.target.fail_with(&entry.path, What::Link, reason);
-                    }
-                }
+                let Some(Entry { kind: Kind::Regular(file), meta, .. }) = self.manifest.find(&to).await? else {
+                    let reason = "the snapshot has no file at the path that it names".to_owned();
+                    self.target.fail_with(&entry.path, What::Link, reason);
+                    continue;
+                };
+                let path = entry.path.clone();
+                let mut queue = Queue::new(self);
+                let kind = Kind::Regular(Regular { linked: true, ..file });
+                queue.push(Entry { path: path.clone(), meta, kind }).await?;
+                queue.finish().await?;
+                instead.insert(to, path);
             }
         }
         Ok(())
@@ -194,12 +191,12 @@ impl Restore {
             for entry in page?.into_iter().rev() {
                 let is_chosen = self.selection.takes(&entry.path);
                 let is_above = || wanted_below.as_ref().is_some_and(|below| is_in(below, &entry.path));
-                if !is_chosen && !(entry.kind == Kind::Directory && is_above()) {
-                    continue;
-                }
-                wanted_below = Some(entry.path.clone());
-                if entry.kind == Kind::Directory {
-                    directories.push(entry);
+                let is_directory = entry.kind == Kind::Directory;
+                if is_chosen || is_directory && is_above() {
+                    wanted_below = Some(entry.path.clone());
+                    if is_directory {
+                        directories.push(entry);
+                    }
                 }
             }
             let target = Arc::clone(&self.target);

@@ -125,8 +125,7 @@ impl OutFile {
         }
         let Some(file) = self.open() else { return };
         self.target.progress.add_bytes(bytes.len() as u64);
-        let written =
-            if self.is_sparse { write_sparse(&file, bytes, at) } else { write_all(&file, bytes, at) };
+        let written = if self.is_sparse { write_sparse(&file, bytes, at) } else { write_all(&file, bytes, at) };
         if let Err(error) = written {
             self.lose_by(What::Content, &error.into());
         }
@@ -141,7 +140,8 @@ impl OutFile {
             } else {
                 self.target.apply(&file, &self.entry);
                 if self.is_linked {
-                    let noted = self.linked.lock().unwrap_or_else(PoisonError::into_inner).note(&self.entry.path, &file);
+                    let noted =
+                        self.linked.lock().unwrap_or_else(PoisonError::into_inner).note(&self.entry.path, &file);
                     if let Err(error) = noted {
                         self.target.fail(&self.entry.path, What::Link, &error);
                     }

@@ -1,5 +1,7 @@
 //! Trees with everything that a file system can hold, and a full description of a tree to compare.
 
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "only tests use this; a failure here is theirs")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fs;
@@ -116,16 +118,28 @@ pub fn full_tree(root: &Path) {
     set(&root.join("owned"), "user.empty", b"");
     set(&root.join("small"), "trusted.note", &noise(6, 2000));
     set(&root.join("dangling"), "trusted.of-link", b"link");
-    set(&root.join("docs/empty"), "system.posix_acl_access", &acl(&[(1, 6, !0), (2, 4, 1234), (4, 4, !0), (16, 4, !0), (32, 0, !0)]));
-    set(&root.join("docs"), "system.posix_acl_default", &acl(&[(1, 7, !0), (2, 7, 1234), (4, 5, !0), (16, 7, !0), (32, 5, !0)]));
+    set(
+        &root.join("docs/empty"),
+        "system.posix_acl_access",
+        &acl(&[(1, 6, !0), (2, 4, 1234), (4, 4, !0), (16, 4, !0), (32, 0, !0)]),
+    );
+    set(
+        &root.join("docs"),
+        "system.posix_acl_default",
+        &acl(&[(1, 7, !0), (2, 7, 1234), (4, 5, !0), (16, 7, !0), (32, 5, !0)]),
+    );
     // cap_net_bind_service+ep, version 2.
     write(root, "able", b"#!");
     set(&root.join("able"), "security.capability", &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     fs::set_permissions(root.join("docs/deep/er"), fs::Permissions::from_mode(0o1500)).unwrap();
     fs::set_permissions(root, fs::Permissions::from_mode(0o751)).unwrap();
-    for (path, seconds, nanoseconds) in
-        [("large", 1, 999_999_999), ("docs", -5, 1), ("fifo", 5_000_000_000, 123_456_789), ("dangling", 77, 7), ("", 1_600_000_000, 42)]
-    {
+    for (path, seconds, nanoseconds) in [
+        ("large", 1, 999_999_999),
+        ("docs", -5, 1),
+        ("fifo", 5_000_000_000, 123_456_789),
+        ("dangling", 77, 7),
+        ("", 1_600_000_000, 42),
+    ] {
         let times = Timestamps {
             last_access: Timespec { tv_sec: 1, tv_nsec: 0 },
             last_modification: Timespec { tv_sec: seconds, tv_nsec: nanoseconds },
