@@ -1,0 +1,151 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// pool is the btrfs directory with everything in it:
+//
+//	volumes/    one subvolume with the image of each volume
+//	snapshots/  one image per snapshot (shares its data with the volume)
+//	records/    what the driver knows of them
+//	cut-*       read-only snapshot of volumes/, only while a group snapshot is taken
+//	freeze-*    mount points, only while a file system is frozen
+type pool struct{ dir string }
+
+func (p pool) volumes() string                { return filepath.Join(p.dir, "volumes") }
+func (p pool) snapshots() string              { return filepath.Join(p.dir, "snapshots") }
+func (p pool) volumeImage(id string) string   { return filepath.Join(p.volumes(), id+".img") }
+func (p pool) snapshotImage(id string) string { return filepath.Join(p.snapshots(), id+".img") }
+
+// prepare makes the subvolume and removes what an instance that died amid a cut left.
+// The caller holds the pool's lock, so no cut is under way.
+func (p pool) prepare() error {
+	if _, err := os.Stat(p.volumes()); errors.Is(err, os.ErrNotExist) {
+		if err := createSubvolume(p.volumes()); err != nil {
+			return fmt.Errorf("make the volumes' subvolume (is the pool btrfs?): %w", err)
+		}
+	} else if err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(p.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := filepath.Join(p.dir, e.Name())
+		switch {
+		case strings.HasPrefix(e.Name(), "cut-"):
+			err = destroySubvolume(path)
+		case strings.HasPrefix(e.Name(), "freeze-"):
+			err = os.Remove(path)
+		default:
+			continue
+		}
+		if err != nil { // a mount point of another node's namespace stays busy: harmless
+			log.Printf("left in place: %s: %v", path, err)
+		}
+	}
+	return nil
+}
+
+// makeImage gives a sparse image of size bytes, with the content of from when it is not empty.
+func makeImage(path, from string, size int64) error {
+	if from != "" {
+		if err := reflink(from, path); err != nil {
+			return err
+		}
+	} else if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return err
+	}
+	return os.Truncate(path, size)
+}
+
+// reflink is atomic for one file: the kernel holds the source's inode for the whole range.
+func reflink(src, dst string) (err error) {
+	s, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	tmp := dst + ".tmp"
+	d, err := os.OpenFile(tmp, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	err = unix.IoctlFileClone(int(d.Fd()), int(s.Fd()))
+	if err = errors.Join(err, d.Close()); err != nil {
+		return errors.Join(fmt.Errorf("clone %s: %w", src, err), os.Remove(tmp))
+	}
+	return os.Rename(tmp, dst)
+}
+
+// struct btrfs_ioctl_vol_args and btrfs_ioctl_vol_args_v2 of linux/btrfs.h
+type subvolumeArgs struct {
+	_    int64
+	name [4088]byte
+}
+
+type snapshotArgs struct {
+	source, _, flags uint64
+	_                [4]uint64
+	name             [4040]byte
+}
+
+const (
+	btrfsSubvolumeCreate = 0x5000940e
+	btrfsSnapshotDestroy = 0x5000940f
+	btrfsSnapshotCreate2 = 0x50009417
+	btrfsReadOnly        = 1 << 1
+)
+
+func ioctl(f *os.File, request uintptr, arg unsafe.Pointer) error {
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(arg)); e != 0 {
+		return e
+	}
+	return nil
+}
+
+func inParent(path string, request uintptr, arg unsafe.Pointer) error {
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := ioctl(d, request, arg); err != nil {
+		return fmt.Errorf("btrfs %s: %w", path, err)
+	}
+	return nil
+}
+
+func createSubvolume(path string) error {
+	var a subvolumeArgs
+	copy(a.name[:], filepath.Base(path))
+	return inParent(path, btrfsSubvolumeCreate, unsafe.Pointer(&a))
+}
+
+func destroySubvolume(path string) error {
+	var a subvolumeArgs
+	copy(a.name[:], filepath.Base(path))
+	return inParent(path, btrfsSnapshotDestroy, unsafe.Pointer(&a))
+}
+
+// snapshotSubvolume is one transaction of the pool's file system: atomic over all images.
+func snapshotSubvolume(src, dst string) error {
+	s, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	a := snapshotArgs{source: uint64(s.Fd()), flags: btrfsReadOnly}
+	copy(a.name[:], filepath.Base(dst))
+	return inParent(dst, btrfsSnapshotCreate2, unsafe.Pointer(&a))
+}
