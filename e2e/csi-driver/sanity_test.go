@@ -1,0 +1,21 @@
+//go:build pool
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
+)
+
+// TestSanity is the conformance suite of the CSI project.
+func TestSanity(t *testing.T) {
+	c := sanity.NewTestConfig()
+	c.Address = socket
+	must(t, os.MkdirAll(filepath.Join(work, "sanity"), 0o750))
+	c.TargetPath = filepath.Join(work, "sanity", "target")
+	c.StagingPath = filepath.Join(work, "sanity", "staging")
+	sanity.Test(t, c)
+}
