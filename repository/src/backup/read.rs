@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::StreamExt;
 use rustix::fs::{Advice, FileType, OFlags, SeekFrom, fadvise, fstat, seek};
 use rustix::io::{Errno, pread};
@@ -30,11 +30,11 @@ pub(super) const SMALL_BYTES: u64 = 64 << 10;
 /// Bytes asked of the kernel at once.
 const READ_BYTES: usize = 1 << 20;
 /// Bytes read ahead of storing, per file.
-const BATCH_BYTES: usize = 4 << 20;
+const BATCH_BYTES: usize = 2 << 20;
 /// Large files that are read at once.
 const STREAMS: usize = 3;
 /// Bytes cut but not yet stored, all files together, in KiB.
-const MEMORY_KIB: usize = 32 << 10;
+const MEMORY_KIB: usize = 24 << 10;
 /// Chunks of one file that are stored at once.
 const IN_FLIGHT: usize = 8;
 /// Shorter holes are read as zeros: their bookkeeping would cost more.
@@ -302,7 +302,42 @@ struct LargeFile {
     at: u64,
     /// End of the run of data that is being read.
     data_end: u64,
-    buffer: BytesMut,
+    buffer: ReadBuffer,
+}
+
+/// Bytes that were read and not cut yet. One allocation for the whole file: chunks are copied out of it, so that one
+/// that waits to be stored keeps no more memory than its own.
+struct ReadBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl ReadBuffer {
+    fn new(max_chunk: usize, size: u64) -> Self {
+        let capacity = usize::try_from(size).unwrap_or(usize::MAX).min(max_chunk + 2 * READ_BYTES);
+        Self { bytes: vec![0; capacity], start: 0, end: 0 }
+    }
+
+    fn filled(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    /// Room for more bytes, at most `wanted`. There is some while less than the largest chunk is filled.
+    fn room(&mut self, wanted: usize) -> &mut [u8] {
+        if self.bytes.len() - self.end < wanted {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let until = self.bytes.len().min(self.end + wanted);
+        &mut self.bytes[self.end..until]
+    }
+
+    fn take(&mut self, count: usize) -> Bytes {
+        let taken = Bytes::copy_from_slice(&self.filled()[..count]);
+        self.start += count;
+        taken
+    }
 }
 
 impl LargeFile {
@@ -311,10 +346,10 @@ impl LargeFile {
         let mut cuts = Vec::new();
         let mut bytes = 0;
         while bytes < BATCH_BYTES {
-            if self.buffer.len() < context.chunker.max() && self.at < self.data_end {
+            if self.buffer.filled().len() < context.chunker.max() && self.at < self.data_end {
                 self.fill(context)?;
-            } else if !self.buffer.is_empty() {
-                let plain = self.buffer.split_to(context.chunker.cut(&self.buffer)).freeze();
+            } else if !self.buffer.filled().is_empty() {
+                let plain = self.buffer.take(context.chunker.cut(self.buffer.filled()));
                 bytes += plain.len();
                 cuts.push(Cut::Chunk(context.sink.chunk_id(&plain), plain));
             } else if self.at < self.size {
@@ -334,10 +369,10 @@ impl LargeFile {
             hook(&self.path, self.at);
         }
         let count = usize::try_from(self.data_end - self.at).unwrap_or(READ_BYTES).min(READ_BYTES);
-        let filled = self.buffer.len();
-        self.buffer.reserve(count.max(BATCH_BYTES.min(usize::try_from(self.data_end - self.at).unwrap_or(count))));
-        self.buffer.resize(filled + count, 0);
-        read_full(&self.file, &mut self.buffer[filled..], self.at)?;
+        let room = self.buffer.room(count);
+        let count = room.len();
+        read_full(&self.file, room, self.at)?;
+        self.buffer.end += count;
         self.at += count as u64;
         context.read_bytes.fetch_add(count as u64, Ordering::Relaxed);
         context.progress.add_bytes(count as u64);
@@ -401,7 +436,7 @@ async fn read_large(context: &Arc<Context>, mut entry: Entry) -> Result<Outcome,
     };
     let Kind::Regular(Regular { size, sparse, .. }) = entry.kind else { return Ok(Outcome::Done(entry)) };
     advise(&file, Advice::Sequential);
-    let (path, buffer) = (entry.path.clone(), BytesMut::new());
+    let (path, buffer) = (entry.path.clone(), ReadBuffer::new(context.chunker.max(), size));
     let file = LargeFile { file, path, size, sparse, at: 0, data_end: 0, buffer };
     match store_all(context, file).await? {
         Ok(contents) => {
