@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -37,29 +38,37 @@ func TestMain(m *testing.M) {
 
 // withDriver fails also when the driver does not end cleanly.
 func withDriver(run func() int) (int, error) {
-	log, err := os.OpenFile(filepath.Join(work, "driver.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	c, err := startDriver("n1", socket)
 	if err != nil {
 		return 1, err
-	}
-	c := exec.Command(filepath.Join(work, "lifeboat-test-csi"), "--endpoint", "unix://"+socket, "--node-id", "n1", "--pool", filepath.Join(work, "pool"))
-	c.Stderr = log
-	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := c.Start(); err != nil {
-		return 1, err
-	}
-	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(socket); err == nil {
-			break
-		}
-		if time.Since(start) > 10*time.Second {
-			return 1, fmt.Errorf("no socket; see %s (%v)", log.Name(), c.Process.Kill())
-		}
 	}
 	code := run()
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		return 1, err
 	}
 	return code, c.Wait()
+}
+
+// startDriver returns when the instance serves.
+func startDriver(node, socket string, more ...string) (*exec.Cmd, error) {
+	log, err := os.OpenFile(filepath.Join(work, "driver.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	args := append([]string{"--endpoint", "unix://" + socket, "--node-id", node, "--pool", filepath.Join(work, "pool")}, more...)
+	c := exec.Command(filepath.Join(work, "lifeboat-test-csi"), args...)
+	c.Stderr = log
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := c.Start(); err != nil {
+		return nil, err
+	}
+	for start := time.Now(); time.Since(start) < 10*time.Second; time.Sleep(10 * time.Millisecond) {
+		if l, err := net.Dial("unix", socket); err == nil {
+			return c, l.Close()
+		}
+	}
+	return nil, fmt.Errorf("nobody listens on %s; see %s (%v)", socket, log.Name(), c.Process.Kill())
 }
 
 // client calls the driver as the sidecars and the kubelet do.
@@ -72,6 +81,11 @@ type client struct {
 }
 
 func dial(t testing.TB) *client {
+	t.Helper()
+	return dialAt(t, socket)
+}
+
+func dialAt(t testing.TB, socket string) *client {
 	t.Helper()
 	c, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {

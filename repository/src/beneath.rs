@@ -1,93 +1,167 @@
-//! File system calls that cannot leave a target directory, whatever paths and links say.
+//! Opening what lies below a directory, and never anything else: no symbolic link on the way is followed, no `..`
+//! leads out. Trees change while they are read, and a repository may be hostile when it is restored.
 //!
-//! A repository may be hostile, and the target may be written by others meanwhile: directories are opened with
-//! `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`, and only last components are created.
+//! `openat2` (Linux 5.6) does it in one call; where it is missing or forbidden, each component is opened on its own.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
-use crate::manifest::entry::{is_valid_path, split_last};
+use crate::manifest::is_valid_path;
 
-/// A directory that nothing is written outside of.
-#[derive(Debug, Clone)]
+/// The kernel takes paths below 4096 bytes; longer ones are opened in steps.
+const STEP_BYTES: usize = 3500;
+/// `openat2` asks for another try when something was renamed on the way.
+const TRIES: usize = 16;
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
+/// A directory, and all that may be opened through it.
+#[derive(Debug)]
 pub(crate) struct Beneath {
-    root: Arc<OwnedFd>,
+    root: OwnedFd,
+    by_steps: AtomicBool,
 }
 
-const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-
 impl Beneath {
-    /// Opens the target; the last part of its own path may be a link.
-    pub(crate) fn new(root: &Path) -> io::Result<Self> {
-        Ok(Self { root: Arc::new(rustix::fs::open(root, DIRECTORY, Mode::empty())?) })
+    /// Opens the directory itself; symbolic links to it are followed.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let root = openat(CWD, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self { root, by_steps: AtomicBool::new(false) })
     }
 
-    /// The target itself.
-    pub(crate) fn root(&self) -> &Arc<OwnedFd> {
-        &self.root
+    #[cfg(test)]
+    pub(crate) fn without_openat2(path: &Path) -> io::Result<Self> {
+        let beneath = Self::open(path)?;
+        beneath.by_steps.store(true, Ordering::Relaxed);
+        Ok(beneath)
     }
 
-    /// Opens a directory below the target, through directories only.
-    pub(crate) fn open_directory(&self, path: &[u8]) -> io::Result<Arc<OwnedFd>> {
-        if path.is_empty() {
-            return Ok(Arc::clone(&self.root));
-        }
+    pub(crate) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Opens what lies at the path. `flags` should hold `NOFOLLOW`, or a link at the end fails with `ELOOP` as well.
+    pub(crate) fn open_at(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
         if !is_valid_path(path) {
             return Err(Errno::INVAL.into());
         }
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        match rustix::fs::openat2(&self.root, path, DIRECTORY | OFlags::NOFOLLOW, Mode::empty(), resolve) {
-            Ok(directory) => Ok(Arc::new(directory)),
-            // Kernels before 5.6, and sandboxes that refuse calls that they do not know.
-            Err(Errno::NOSYS | Errno::PERM) => self.open_by_steps(path),
-            Err(error) => Err(error.into()),
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut at: Option<OwnedFd> = None;
+        let mut rest = path;
+        while rest.len() > STEP_BYTES {
+            let Some(end) = rest[..STEP_BYTES].iter().rposition(|byte| *byte == b'/') else {
+                return Err(Errno::NAMETOOLONG.into());
+            };
+            let from = at.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
+            at = Some(self.step(from, &rest[..end], OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC)?);
+            rest = &rest[end + 1..];
         }
+        let from = at.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
+        self.step(from, if rest.is_empty() { b"." } else { rest }, flags)
     }
 
-    /// The same without `openat2`: one component at a time, none of them a link.
-    fn open_by_steps(&self, path: &[u8]) -> io::Result<Arc<OwnedFd>> {
-        let mut directory = Arc::clone(&self.root);
-        for part in path.split(|byte| *byte == b'/') {
-            directory = Arc::new(rustix::fs::openat(&directory, part, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?);
-        }
-        Ok(directory)
+    /// Opens a directory as a base for other calls; it needs no right to read it.
+    pub(crate) fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
+        self.open_at(path, OFlags::PATH | OFlags::DIRECTORY)
     }
 
-    /// The open parent of a path, and the last component.
-    pub(crate) fn parent<'a>(&self, path: &'a [u8]) -> io::Result<(Arc<OwnedFd>, &'a [u8])> {
-        if path.is_empty() || !is_valid_path(path) {
-            return Err(Errno::INVAL.into());
+    fn step(&self, from: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        if self.by_steps.load(Ordering::Relaxed) {
+            return Ok(by_components(from, path, flags)?);
         }
-        let (parent, name) = split_last(path);
-        Ok((self.open_directory(parent)?, name))
+        let mut tries = 0;
+        loop {
+            match openat2(from, path, flags, Mode::empty(), RESOLVE) {
+                Err(Errno::AGAIN | Errno::INTR) if tries < TRIES => tries += 1,
+                Err(Errno::NOSYS) => {
+                    self.by_steps.store(true, Ordering::Relaxed);
+                    return Ok(by_components(from, path, flags)?);
+                }
+                // Old filters of system calls answer unknown ones like this; so does the kernel without a right.
+                Err(Errno::PERM) => return Ok(by_components(from, path, flags)?),
+                other => return Ok(other?),
+            }
+        }
     }
+}
+
+fn by_components(from: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let on_the_way = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut at: Option<OwnedFd> = None;
+    let mut names = path.split(|byte| *byte == b'/').peekable();
+    while let Some(name) = names.next() {
+        let is_last = names.peek().is_none();
+        let from = at.as_ref().map_or(from, AsFd::as_fd);
+        let flags = if is_last { flags | OFlags::NOFOLLOW } else { on_the_way };
+        at = Some(openat(from, name, flags, Mode::empty())?);
+    }
+    at.ok_or(Errno::INVAL)
+}
+
+/// The path that stands for an open file, for calls that take no descriptor. It needs `/proc`.
+pub(crate) fn proc_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+/// The path that stands for a name in an open directory, for calls that take no directory.
+pub(crate) fn proc_path_in(directory: impl AsFd, name: &[u8]) -> Vec<u8> {
+    [proc_path(directory).as_bytes(), b"/", name].concat()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
 
     #[test]
-    fn links_and_dots_do_not_lead_out() {
-        let root = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(root.path().join("a/b")).unwrap();
-        std::os::unix::fs::symlink("/etc", root.path().join("out")).unwrap();
-        std::os::unix::fs::symlink("a", root.path().join("in")).unwrap();
-        let beneath = Beneath::new(root.path()).unwrap();
-        assert!(beneath.open_directory(b"a/b").is_ok());
-        assert!(beneath.open_by_steps(b"a/b").is_ok());
-        for path in [&b"out"[..], b"in", b"in/b", b"..", b"a/../..", b"/etc", b"a//b"] {
-            assert!(beneath.open_directory(path).is_err(), "{path:?}");
+    fn links_and_parents_are_not_followed() {
+        let base = tempfile::tempdir().unwrap();
+        let tree = base.path().join("tree");
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::write(tree.join("a/b/file"), "x").unwrap();
+        fs::write(base.path().join("secret"), "s").unwrap();
+        symlink("b", tree.join("a/inner")).unwrap();
+        symlink("..", tree.join("up")).unwrap();
+        symlink("/", tree.join("slash")).unwrap();
+        symlink("a/b/file", tree.join("last")).unwrap();
+        for beneath in [Beneath::open(&tree).unwrap(), Beneath::without_openat2(&tree).unwrap()] {
+            assert!(beneath.open_at(b"a/b/file", OFlags::RDONLY).is_ok());
+            assert!(beneath.open_dir(b"").is_ok());
+            assert!(beneath.open_dir(b"a/b").is_ok());
+            for path in [
+                &b"a/inner/file"[..],
+                b"up/secret",
+                b"slash/etc",
+                b"last",
+                b"../secret",
+                b"/etc/passwd",
+                b"a/../../secret",
+            ] {
+                assert!(beneath.open_at(path, OFlags::RDONLY).is_err(), "{path:?}");
+            }
+            assert!(beneath.open_dir(b"a/b/file").is_err());
         }
-        for path in [&b"out"[..], b"in/b"] {
-            assert!(beneath.open_by_steps(path).is_err(), "{path:?}");
+    }
+
+    #[test]
+    fn paths_longer_than_the_kernel_takes_are_opened() {
+        let base = tempfile::tempdir().unwrap();
+        let name = "d".repeat(200);
+        let mut path = Vec::new();
+        let mut at = openat(CWD, base.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..30 {
+            rustix::fs::mkdirat(&at, name.as_str(), Mode::RWXU).unwrap();
+            at = openat(&at, name.as_str(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+            path.extend_from_slice(if path.is_empty() { b"" } else { b"/" });
+            path.extend_from_slice(name.as_bytes());
         }
-        assert!(beneath.parent(b"out/passwd").is_err());
-        assert!(beneath.parent(b"a/new").is_ok());
+        assert!(path.len() > 4096);
+        assert!(Beneath::open(base.path()).unwrap().open_dir(&path).is_ok());
+        assert!(Beneath::without_openat2(base.path()).unwrap().open_dir(&path).is_ok());
     }
 }

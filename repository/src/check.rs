@@ -14,7 +14,7 @@ use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkRef, PackId, Place, SessionId, SnapshotId};
 use crate::keyring::KeyRingError;
-use crate::manifest::{Kind, ManifestError, Pages};
+use crate::manifest::{Contents, Kind, Manifest, ManifestError, Piece, Regular};
 use crate::pack::{Directory, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_hash};
 use crate::progress::Progress;
 use crate::refset::{MAX_REFSET_BYTES, Refset, refset_key};
@@ -228,18 +228,36 @@ impl Check<'_> {
         for chunk in skipped {
             source.get(chunk).await?;
         }
-        let pages = Pages::read(&source, root).await?;
-        for page in pages.list() {
+        let manifest = Manifest::open(source, root).await?;
+        for page in manifest.pages() {
             self.is_referenced(snapshot, &page.chunk, refs);
         }
-        let mut entries = pages.entries(source);
-        while let Some(entry) = entries.next().await? {
-            if self.progress.is_cancelled() {
-                return Ok(());
+        let mut pages = manifest.read((0..manifest.pages().len()).collect());
+        while let Some(entries) = pages.next().await {
+            for entry in entries? {
+                if self.progress.is_cancelled() {
+                    return Ok(());
+                }
+                if let Kind::Regular(file) = &entry.kind {
+                    self.file(snapshot, &manifest, file, refs).await?;
+                }
             }
-            if let Kind::File { extents, .. } = &entry.kind {
-                for extent in extents {
-                    self.is_referenced(snapshot, &extent.chunk, refs);
+        }
+        Ok(())
+    }
+
+    /// That all chunks of a file are among the references: its data, and the lists of it that are chunks themselves.
+    async fn file(&mut self, snapshot: &Snapshot, manifest: &Manifest, file: &Regular, refs: &Refset) -> Result<(), ManifestError> {
+        if let Contents::Listed(lists) = &file.contents {
+            for chunk in lists {
+                self.is_referenced(snapshot, chunk, refs);
+            }
+        }
+        let mut lists = manifest.pieces(file);
+        while let Some(pieces) = lists.next().await {
+            for piece in pieces? {
+                if let Piece::Data { chunk, .. } = &piece {
+                    self.is_referenced(snapshot, chunk, refs);
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Cutting bytes into chunks at places that the bytes themselves decide.
 //!
-//! One implementation so far: FastCDC (Xia et al., ATC'16 and TPDS'20) in the two-byte form of 2020, with a gear
+//! One implementation so far: `FastCDC` (Xia et al., ATC'16 and TPDS'20) in the two-byte form of 2020, with a gear
 //! table derived from the domain's chunker key, so that outsiders cannot predict cut points. Pure; reads nothing.
 
 use fastcdc::v2020::{Normalization, cut_gear, select_masks};
@@ -21,7 +21,7 @@ pub trait Chunker: Send + Sync {
     fn max(&self) -> usize;
 }
 
-/// FastCDC of 2020 with a keyed gear table and normalisation level 1.
+/// `FastCDC` of 2020 with a keyed gear table and normalisation level 1.
 #[derive(Clone)]
 pub struct KeyedFastCdc {
     gear: [u64; 256],

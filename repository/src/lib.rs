@@ -13,6 +13,8 @@ mod commits;
 pub mod config;
 mod crypto;
 mod directories;
+#[cfg(test)]
+mod double;
 mod engine;
 pub mod error;
 mod glob;

@@ -1,150 +1,109 @@
-//! Metadata of entries, from and to the file system.
+//! Ownership, times and extended attributes: as the file system gives them.
 
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::fs::{FileType, Stat, Timespec, Timestamps};
+use rustix::fs::{Stat, fgetxattr, flistxattr, lgetxattr, llistxattr};
 use rustix::io::Errno;
 
-use crate::manifest::{Entry, Kind, Meta, Times, Xattr};
+use crate::beneath::proc_path_in;
+use crate::manifest::{Meta, Time, Xattr};
 
-/// Values of extended attributes are at most 64 KiB in Linux.
-const MAX_XATTR_BYTES: usize = 64 << 10;
+/// More attributes than this of one file are not kept (it is listed as skipped).
+pub(crate) const MAX_XATTR_BYTES: usize = 1 << 20;
 
-/// The metadata of a stat, without attributes.
+/// Permissions, owner, times and inode; the attributes are empty.
 pub(crate) fn of_stat(stat: &Stat) -> Meta {
-    let nanos = |value: u64| u32::try_from(value).unwrap_or(0);
+    // The kernel keeps nanoseconds below 10⁹.
+    let time = |seconds, nanoseconds| Time { seconds, nanoseconds: u32::try_from(nanoseconds).unwrap_or(0) };
     Meta {
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
-        times: Times {
-            mtime: (stat.st_mtime, nanos(stat.st_mtime_nsec)),
-            ctime: (stat.st_ctime, nanos(stat.st_ctime_nsec)),
-        },
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
         inode: stat.st_ino,
         xattrs: Vec::new(),
     }
 }
 
-/// What a stat says an entry is; a symbolic link's target and a file's data are filled in by the caller.
-pub(crate) fn kind_of_stat(stat: &Stat) -> Option<Kind> {
-    Some(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => Kind::File { size: stat.st_size.cast_unsigned(), extents: Vec::new() },
-        FileType::Directory => Kind::Directory,
-        FileType::Symlink => Kind::Symlink { target: Vec::new() },
-        FileType::CharacterDevice => Kind::CharDevice { device: stat.st_rdev },
-        FileType::BlockDevice => Kind::BlockDevice { device: stat.st_rdev },
-        FileType::Fifo => Kind::Fifo,
-        FileType::Socket => Kind::Socket,
-        FileType::Unknown => return None,
-    })
+/// Whose attributes are read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Subject<'a> {
+    /// An open file.
+    Open(BorrowedFd<'a>),
+    /// A name in an open directory; a link is not followed. An empty name is the directory itself.
+    Name(BorrowedFd<'a>, &'a [u8]),
 }
 
-/// The path of an entry of an open directory, for calls that only take paths. It never follows a link in the last part.
-fn proc_path(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<CString> {
-    let mut path = format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes();
-    path.extend_from_slice(if name.is_empty() { b"." } else { name });
-    CString::new(path).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+impl Subject<'_> {
+    fn list(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        match self {
+            Self::Open(fd) => flistxattr(fd, buffer),
+            Self::Name(directory, b"") => flistxattr(directory, buffer),
+            Self::Name(directory, name) => llistxattr(proc_path_in(directory, name), buffer),
+        }
+    }
+
+    fn get(&self, attribute: &[u8], buffer: &mut [u8]) -> Result<usize, Errno> {
+        match self {
+            Self::Open(fd) => fgetxattr(fd, attribute, buffer),
+            Self::Name(directory, b"") => fgetxattr(directory, attribute, buffer),
+            Self::Name(directory, name) => lgetxattr(proc_path_in(directory, name), attribute, buffer),
+        }
+    }
 }
 
-fn with_growing_buffer(call: impl Fn(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
-    let mut buffer = vec![0; 256];
+/// Calls with a growing buffer until the answer fits.
+fn with_buffer(mut call: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
+    let mut buffer = vec![0; 512];
     loop {
         match call(&mut buffer) {
-            Ok(length) => {
-                buffer.truncate(length);
+            Ok(len) => {
+                buffer.truncate(len);
                 return Ok(buffer);
             }
-            Err(Errno::RANGE) if buffer.len() < MAX_XATTR_BYTES => buffer.resize(buffer.len() * 4, 0),
+            Err(Errno::RANGE) if buffer.len() < MAX_XATTR_BYTES => buffer.resize(buffer.len() * 8, 0),
+            Err(Errno::RANGE) => return Err(Errno::TOOBIG),
             Err(error) => return Err(error),
         }
     }
 }
 
-/// All extended attributes of an entry, sorted by name. A file system without them has none.
-pub(crate) fn read_xattrs(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<Xattr>> {
-    let path = proc_path(directory, name)?;
-    let names = match with_growing_buffer(|buffer| rustix::fs::llistxattr(&path, buffer)) {
-        Ok(names) => names,
+/// The names of the extended attributes, sorted.
+pub(crate) fn xattr_names(subject: Subject<'_>) -> io::Result<Vec<Vec<u8>>> {
+    let list = match with_buffer(|buffer| subject.list(buffer)) {
+        Ok(list) => list,
+        // A file system without attributes.
         Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
+    let mut names: Vec<_> = list.split(|byte| *byte == 0).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect();
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// The extended attributes by name: access control lists and capabilities among them.
+pub(crate) fn xattrs(subject: Subject<'_>) -> io::Result<Vec<Xattr>> {
     let mut xattrs = Vec::new();
-    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        let attribute = CString::new(name)?;
-        match with_growing_buffer(|buffer| rustix::fs::lgetxattr(&path, &attribute, buffer)) {
-            Ok(value) => xattrs.push(Xattr { name: name.to_vec(), value }),
-            // Removed meanwhile, or one that this file system lists but does not give.
-            Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+    let mut total = 0;
+    for name in xattr_names(subject)? {
+        let value = match with_buffer(|buffer| subject.get(&name, buffer)) {
+            Ok(value) => value,
+            // Removed since the names were read.
+            Err(Errno::NODATA) => continue,
             Err(error) => return Err(error.into()),
+        };
+        total += name.len() + value.len();
+        if total > MAX_XATTR_BYTES {
+            return Err(Errno::TOOBIG.into());
         }
+        xattrs.push(Xattr { name, value });
     }
-    xattrs.sort_by(|left, right| left.name.cmp(&right.name));
     Ok(xattrs)
 }
 
-/// What could not be restored of an entry's metadata.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct MetaFailure {
-    pub(crate) what: &'static str,
-    pub(crate) errno: Errno,
-}
-
-/// Restores owner, attributes, mode and times, in an order in which none undoes another.
-///
-/// Goes on after a failure and returns all of them.
-pub(crate) fn apply(directory: BorrowedFd<'_>, name: &[u8], entry: &Entry, owner: bool) -> Vec<MetaFailure> {
-    let mut failures = Vec::new();
-    let mut note = |what, result: Result<(), Errno>| {
-        if let Err(errno) = result {
-            failures.push(MetaFailure { what, errno });
-        }
-    };
-    let meta = &entry.meta;
-    let is_link = matches!(entry.kind, Kind::Symlink { .. });
-    // An empty name stands for the directory itself.
-    let at = if name.is_empty() { b"." } else { name };
-    let nofollow = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-    if owner {
-        let (uid, gid) = (rustix::fs::Uid::from_raw(meta.uid), rustix::fs::Gid::from_raw(meta.gid));
-        note("owner", rustix::fs::chownat(directory, at, Some(uid), Some(gid), nofollow));
-    }
-    // Changing the owner clears set-user-id and capabilities: these come after it.
-    if !is_link {
-        let mode = rustix::fs::Mode::from_raw_mode(meta.mode);
-        note("mode", chmod(directory, at, mode));
-    }
-    if let Ok(path) = proc_path(directory, name) {
-        for xattr in &meta.xattrs {
-            let Ok(attribute) = CString::new(xattr.name.clone()) else { continue };
-            note(
-                "extended attribute",
-                rustix::fs::lsetxattr(&path, &attribute, &xattr.value, rustix::fs::XattrFlags::empty()),
-            );
-        }
-    }
-    let mtime = Timespec { tv_sec: meta.times.mtime.0, tv_nsec: i64::from(meta.times.mtime.1) };
-    note(
-        "times",
-        rustix::fs::utimensat(directory, at, &Timestamps { last_access: mtime, last_modification: mtime }, nofollow),
-    );
-    failures
-}
-
-/// Linux has no chmod that refuses to follow links before `fchmodat2`; the name was created by us and is no link.
-fn chmod(directory: BorrowedFd<'_>, name: &[u8], mode: rustix::fs::Mode) -> Result<(), Errno> {
-    use rustix::fs::{AtFlags, OFlags};
-    let file = rustix::fs::openat(
-        directory,
-        name,
-        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )?;
-    if FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) == FileType::Symlink {
-        return Err(Errno::LOOP);
-    }
-    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-    rustix::fs::chmodat(rustix::fs::CWD, path, mode, AtFlags::empty())
+/// The attributes of an open file.
+pub(crate) fn xattrs_of(file: &impl AsFd) -> io::Result<Vec<Xattr>> {
+    xattrs(Subject::Open(file.as_fd()))
 }

@@ -1,150 +1,257 @@
-//! Looking into a snapshot: listing entries, reading one file.
+//! Looking into a snapshot: listings, and the content of single files, without restoring anything.
+//!
+//! Only the pages of the manifest that can hold what is asked for are read.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt, stream};
 use thiserror::Error;
 
-use crate::backup::Skipped;
 use crate::error::{Classified, ErrorClass};
-use crate::id::SnapshotId;
-use crate::manifest::{Entry, Kind, ManifestError, Pages, is_within, split_path};
+use crate::manifest::{Entry, Kind, Manifest, ManifestError, Piece, Regular, Skipped, is_in, read_skipped};
 use crate::read::ReadError;
 use crate::repository::Repository;
-use crate::sink::ChunkSource;
+use crate::sink::{ChunkRef, ChunkSource};
 use crate::snapshot::{Content, Snapshot};
 
-/// Chunks of a file read ahead.
-const CHUNKS_AHEAD: usize = 4;
+/// Chunks of a file that are read ahead.
+const AHEAD: usize = 4;
+/// Zeros of a hole come in pieces of at most this length.
+const ZEROS: &[u8] = &[0; 64 << 10];
 
-/// A look into a snapshot that failed.
+/// Why a snapshot cannot be looked into.
 #[derive(Debug, Error)]
 pub enum TreeError {
     /// The snapshot has no files.
-    #[error("the snapshot {0} is a recovery point: look into one of the snapshots that it names")]
-    NoTree(SnapshotId),
-    /// No such entry.
-    #[error("{path} is not in the snapshot")]
+    #[error("the snapshot is a recovery point, not a tree")]
+    NotATree,
+    /// The manifest cannot be read.
+    #[error("cannot read the snapshot")]
+    Manifest(#[from] ManifestError),
+    /// The content cannot be read.
+    #[error("cannot read the content")]
+    Read(#[from] ReadError),
+    /// The snapshot does not have the path.
+    #[error("the snapshot has no {path}")]
     NotFound {
         /// The path.
         path: String,
     },
-    /// The list of files cannot be read.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// A chunk cannot be read.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// A record is damaged.
-    #[error("the list of unread files is damaged")]
-    Skipped(#[from] serde_json::Error),
+    /// The path is no regular file.
+    #[error("{path} is a {kind}, not a file")]
+    NotAFile {
+        /// The path.
+        path: String,
+        /// What it is.
+        kind: &'static str,
+    },
 }
 
 impl Classified for TreeError {
     fn class(&self) -> ErrorClass {
         match self {
-            Self::NoTree(_) => ErrorClass::Invalid,
-            Self::NotFound { .. } => ErrorClass::NotFound,
+            Self::NotATree | Self::NotAFile { .. } => ErrorClass::Invalid,
             Self::Manifest(error) => error.class(),
             Self::Read(error) => error.class(),
-            Self::Skipped(_) => ErrorClass::Damaged,
+            Self::NotFound { .. } => ErrorClass::NotFound,
         }
     }
 }
 
-fn bytes_of(path: Option<&Path>) -> &[u8] {
-    use std::os::unix::ffi::OsStrExt;
-    let mut bytes = path.map(|path| path.as_os_str().as_bytes()).unwrap_or_default();
-    while let [b'/', rest @ ..] | [rest @ .., b'/'] = bytes {
-        bytes = rest;
-    }
-    if bytes == b"." { b"" } else { bytes }
-}
-
-async fn pages(source: &Arc<dyn ChunkSource>, snapshot: &Snapshot) -> Result<Pages, TreeError> {
+fn root_of(snapshot: &Snapshot) -> Result<&[ChunkRef], TreeError> {
     match &snapshot.content {
-        Content::Tree { root, .. } => Ok(Pages::read(source, root).await?),
-        Content::RecoveryPoint { .. } => Err(TreeError::NoTree(snapshot.id)),
+        Content::Tree { root, .. } => Ok(root),
+        Content::RecoveryPoint { .. } => Err(TreeError::NotATree),
     }
 }
 
-/// The entries of a directory, or all below it; the entry itself when it is no directory.
+/// The manifest of a snapshot, for those who want to read it on their own.
+pub async fn manifest(repository: &Repository, snapshot: &Snapshot) -> Result<Manifest, TreeError> {
+    Ok(Manifest::open(repository.reader()?, root_of(snapshot)?).await?)
+}
+
+/// A path as people write it: without slashes at the ends and without `.`.
+fn plain_path(path: &Path) -> Vec<u8> {
+    let names = path.as_os_str().as_bytes().split(|byte| *byte == b'/');
+    names.filter(|name| !matches!(*name, b"" | b".")).collect::<Vec<_>>().join(&b'/')
+}
+
+/// The entries in a directory (all below it if `recursive`), or the one entry that is no directory; in path order.
+///
+/// Without a path: the root, whose own entry is left out. For very large trees prefer [`stream`].
 pub async fn list(
     repository: &Repository,
     snapshot: &Snapshot,
     path: Option<&Path>,
     recursive: bool,
 ) -> Result<Vec<Entry>, TreeError> {
-    let wanted = bytes_of(path);
-    let source: Arc<dyn ChunkSource> = repository.reader()?;
-    let mut entries = pages(&source, snapshot).await?.within(wanted).entries(source);
-    let mut listed = Vec::new();
-    let mut exists = wanted.is_empty();
-    while let Some(entry) = entries.next().await? {
-        if !is_within(&entry.path, wanted) {
-            continue;
-        }
-        exists = true;
-        let is_itself = entry.path == wanted;
-        let is_child = !entry.path.is_empty() && split_path(&entry.path).0 == wanted;
-        let shown = if is_itself { entry.kind != Kind::Directory } else { recursive || is_child };
-        if shown {
-            listed.push(entry);
-        }
-    }
-    if exists { Ok(listed) } else { Err(TreeError::NotFound { path: String::from_utf8_lossy(wanted).into_owned() }) }
+    let manifest = manifest(repository, snapshot).await?;
+    list_in(&manifest, path, recursive).await
 }
 
-/// All regular files of a small tree with their content, in order.
+pub(crate) async fn list_in(
+    manifest: &Manifest,
+    path: Option<&Path>,
+    recursive: bool,
+) -> Result<Vec<Entry>, TreeError> {
+    let path = path.map(plain_path).unwrap_or_default();
+    if !path.is_empty() {
+        match manifest.find(&path).await? {
+            None => return Err(TreeError::NotFound { path: String::from_utf8_lossy(&path).into_owned() }),
+            Some(entry) if entry.kind != Kind::Directory => return Ok(vec![entry]),
+            Some(_) => {}
+        }
+    }
+    walk(manifest, path, recursive).try_concat().await.map_err(TreeError::from)
+}
+
+/// All entries of a snapshot, page by page, in path order; with the root's own entry.
+pub async fn stream(
+    repository: &Repository,
+    snapshot: &Snapshot,
+) -> Result<BoxStream<'static, Result<Vec<Entry>, ManifestError>>, TreeError> {
+    let manifest = manifest(repository, snapshot).await?;
+    let all = (0..manifest.pages().len()).collect();
+    Ok(manifest.read(all))
+}
+
+fn walk(manifest: &Manifest, path: Vec<u8>, recursive: bool) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
+    let range = manifest.range_of(&path);
+    let pages = manifest.pages();
+    let wanted = range.filter(|page| {
+        // A page that begins and ends below the same name in the directory holds nothing of the directory itself.
+        let child = |at: usize| pages.get(at).and_then(|page| child_below(&page.first, &path));
+        recursive || child(*page).is_none() || child(*page) != child(page + 1)
+    });
+    manifest
+        .read(wanted.collect())
+        .map_ok(move |entries| {
+            let is_wanted = |entry: &Entry| {
+                entry.path != path
+                    && is_in(&entry.path, &path)
+                    && (recursive || entry.parent_and_name().0 == path.as_slice())
+            };
+            entries.into_iter().filter(is_wanted).collect()
+        })
+        .boxed()
+}
+
+/// The name in the directory that the path lies below, if it lies deeper than that.
+fn child_below<'a>(path: &'a [u8], directory: &[u8]) -> Option<&'a [u8]> {
+    if path == directory || !is_in(path, directory) {
+        return None;
+    }
+    let start = if directory.is_empty() { 0 } else { directory.len() + 1 };
+    let rest = &path[start..];
+    rest.iter().position(|byte| *byte == b'/').map(|end| &rest[..end])
+}
+
+/// What the backup could not read.
+pub async fn skipped(repository: &Repository, snapshot: &Snapshot) -> Result<Vec<Skipped>, TreeError> {
+    match &snapshot.content {
+        Content::Tree { skipped, .. } => Ok(read_skipped(&*repository.reader()?, skipped).await?),
+        Content::RecoveryPoint { .. } => Err(TreeError::NotATree),
+    }
+}
+
+/// The content of one regular file, from its start to its end.
+pub async fn read_file(
+    repository: &Repository,
+    snapshot: &Snapshot,
+    path: &Path,
+) -> Result<BoxStream<'static, Result<Bytes, TreeError>>, TreeError> {
+    let source: Arc<dyn ChunkSource> = repository.reader()?;
+    let manifest = Manifest::open(Arc::clone(&source), root_of(snapshot)?).await?;
+    let wanted = plain_path(path);
+    let shown = || path.display().to_string();
+    match manifest.find_file(&wanted).await? {
+        Some(Entry { kind: Kind::Regular(file), .. }) => Ok(read_pieces(source, &manifest, &file)),
+        Some(entry) => Err(TreeError::NotAFile { path: shown(), kind: entry.kind.name() }),
+        None => Err(TreeError::NotFound { path: shown() }),
+    }
+}
+
+/// All regular files with their content, in path order.
 ///
-/// Meant for trees of small files: each file is held in memory, one after the other.
+/// For trees of small files: each is held in memory, a few at a time.
 pub async fn read_files(
     repository: &Repository,
     snapshot: &Snapshot,
-) -> Result<impl Stream<Item = Result<(Vec<u8>, Bytes), TreeError>>, TreeError> {
+) -> Result<BoxStream<'static, Result<(Vec<u8>, Bytes), TreeError>>, TreeError> {
     let source: Arc<dyn ChunkSource> = repository.reader()?;
-    let mut entries = pages(&source, snapshot).await?.entries(Arc::clone(&source));
-    let mut files = Vec::new();
-    while let Some(entry) = entries.next().await? {
-        if matches!(entry.kind, Kind::File { .. }) {
-            files.push(entry);
-        }
-    }
-    let read = move |entry: Entry| {
-        let source = Arc::clone(&source);
+    let manifest = Arc::new(Manifest::open(Arc::clone(&source), root_of(snapshot)?).await?);
+    let files = manifest
+        .read((0..manifest.pages().len()).collect())
+        .map_ok(|entries| stream::iter(entries.into_iter().map(Ok::<_, ManifestError>)))
+        .try_flatten()
+        .try_filter_map(|entry| async move {
+            Ok(if let Kind::Regular(file) = entry.kind { Some((entry.path, file)) } else { None })
+        });
+    let read = move |found: Result<(Vec<u8>, Regular), ManifestError>| {
+        let (source, manifest) = (Arc::clone(&source), Arc::clone(&manifest));
         async move {
-            let bytes = read_content(&source, &entry).await?;
-            Ok((entry.path, bytes))
+            let (path, file) = found?;
+            let bytes = read_pieces(source, &manifest, &file).try_fold(Vec::new(), |mut all, part| async move {
+                all.extend_from_slice(&part);
+                Ok(all)
+            });
+            Ok((path, Bytes::from(bytes.await?)))
         }
     };
-    Ok(futures::stream::iter(files).map(read).buffered(CHUNKS_AHEAD))
+    Ok(files.map(read).buffered(AHEAD).boxed())
 }
 
-/// The content of a file, holes as zeros.
-async fn read_content(source: &Arc<dyn ChunkSource>, entry: &Entry) -> Result<Bytes, ReadError> {
-    let Kind::File { size, extents } = &entry.kind else { return Ok(Bytes::new()) };
-    let mut content = Vec::new();
-    for extent in extents {
-        let bytes = source.get(&extent.chunk).await?;
-        content.resize(usize::try_from(extent.offset).unwrap_or(usize::MAX), 0);
-        let from = extent.from as usize;
-        // The page's decoder refuses extents beyond their chunk.
-        content.extend_from_slice(bytes.get(from..from + extent.len as usize).unwrap_or_default());
-    }
-    content.resize(usize::try_from(*size).unwrap_or(usize::MAX), 0);
-    Ok(content.into())
+pub(crate) fn read_pieces(
+    source: Arc<dyn ChunkSource>,
+    manifest: &Manifest,
+    file: &Regular,
+) -> BoxStream<'static, Result<Bytes, TreeError>> {
+    manifest
+        .pieces(file)
+        .map_ok(|list| stream::iter(list.into_iter().map(Ok::<_, ManifestError>)))
+        .try_flatten()
+        .map(move |piece| {
+            let source = Arc::clone(&source);
+            async move {
+                Ok::<_, TreeError>(match piece? {
+                    Piece::Hole { len } => Part::Zeros(len),
+                    Piece::Data { chunk, offset, len } => {
+                        let plain = source.get(&chunk).await?;
+                        let (start, end) = (offset as usize, offset as usize + len as usize);
+                        // The reader verified the length of the chunk, and the manifest that the piece lies in it.
+                        Part::Bytes(plain.slice(start.min(plain.len())..end.min(plain.len())))
+                    }
+                })
+            }
+        })
+        .buffered(AHEAD)
+        .map_ok(|part| stream::iter(part.into_bytes().map(Ok::<_, TreeError>)))
+        .try_flatten()
+        .boxed()
 }
 
-/// The entries that a backup left out.
-pub async fn skipped(repository: &Repository, snapshot: &Snapshot) -> Result<Vec<Skipped>, TreeError> {
-    let Content::Tree { skipped, .. } = &snapshot.content else { return Ok(Vec::new()) };
-    let reader = repository.reader()?;
-    let mut all = Vec::new();
-    let mut records = futures::stream::iter(skipped).then(|chunk| reader.get(chunk));
-    while let Some(bytes) = records.try_next().await? {
-        all.extend(serde_json::from_slice::<Vec<Skipped>>(&bytes)?);
+enum Part {
+    Zeros(u64),
+    Bytes(Bytes),
+}
+
+impl Part {
+    fn into_bytes(self) -> impl Iterator<Item = Bytes> {
+        let (mut zeros, mut bytes) = match self {
+            Self::Zeros(len) => (len, None),
+            Self::Bytes(bytes) => (0, Some(bytes)),
+        };
+        std::iter::from_fn(move || {
+            if zeros == 0 {
+                return bytes.take();
+            }
+            let len = usize::try_from(zeros).unwrap_or(usize::MAX).min(ZEROS.len());
+            zeros -= len as u64;
+            Some(Bytes::from_static(&ZEROS[..len]))
+        })
     }
-    Ok(all)
 }

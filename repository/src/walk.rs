@@ -1,173 +1,220 @@
-//! Walks a tree in manifest order, by open directories: nobody can lead it elsewhere by exchanging a directory for a link.
+//! Walks a live tree in the order of a manifest: each directory before what is in it, names sorted by bytes.
+//!
+//! Blocking; runs on its own thread. Holds the names of the directories on the way, sorted, and few descriptors
+//! however deep the tree is. Never follows a symbolic link.
 
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, OFlags, Stat, fstat, statat};
+use rustix::io::Errno;
 
+use crate::beneath::Beneath;
 use crate::glob::Glob;
+use crate::manifest::{MAX_PATH_BYTES, Reason, Skipped};
 
-/// An entry that a walk found.
-#[derive(Debug)]
-pub(crate) struct Found {
-    /// Path from the root; empty for the root.
-    pub(crate) path: Vec<u8>,
-    /// The open directory that holds it; for the root the root itself.
-    pub(crate) directory: Arc<OwnedFd>,
-    /// Its name in the directory; `.` for the root.
-    pub(crate) name: CString,
-    pub(crate) stat: Stat,
-}
+/// Directories on the way that stay open; above them they are opened again when they are needed.
+const OPEN_LEVELS: usize = 48;
 
-/// What a walk yields.
-#[derive(Debug)]
-pub(crate) enum Step {
-    Found(Box<Found>),
-    /// An entry that cannot be looked at.
-    Failed {
-        path: Vec<u8>,
-        error: io::Error,
-    },
-}
-
-/// What a walk leaves out.
+/// What to leave out.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WalkOptions {
     pub(crate) excludes: Vec<Glob>,
+    /// Directories on other file systems are entries, but nothing in them is.
     pub(crate) one_file_system: bool,
 }
 
-/// A directory in the middle of being walked.
-struct Open {
-    directory: Arc<OwnedFd>,
-    path: Vec<u8>,
-    /// Names that are still to come, last first.
-    names: Vec<CString>,
+/// A path that was found.
+pub(crate) struct Visit<'a> {
+    pub(crate) path: &'a [u8],
+    pub(crate) stat: &'a Stat,
+    /// The directory that holds it; of the root itself.
+    pub(crate) directory: BorrowedFd<'a>,
+    /// The name there; empty for the root.
+    pub(crate) name: &'a [u8],
 }
 
-/// The walk; blocking.
-pub(crate) struct Walk {
-    options: WalkOptions,
-    stack: Vec<Open>,
-    root: Option<Box<Found>>,
+impl Visit<'_> {
+    pub(crate) fn file_type(&self) -> FileType {
+        FileType::from_raw_mode(self.stat.st_mode)
+    }
+}
+
+/// Takes what a walk finds.
+pub(crate) trait Visitor {
+    /// Why the walk ends early.
+    type Stop;
+    fn visit(&mut self, found: &Visit<'_>) -> Result<(), Self::Stop>;
+    fn skip(&mut self, skipped: Skipped) -> Result<(), Self::Stop>;
+}
+
+/// Names of a directory in one allocation.
+struct Names {
+    bytes: Vec<u8>,
+    ends: Vec<(u32, u32)>,
+    next: usize,
+}
+
+impl Names {
+    fn read(directory: BorrowedFd<'_>) -> (Self, Option<io::Error>) {
+        let mut names = Self { bytes: Vec::new(), ends: Vec::new(), next: 0 };
+        let failed = names.fill(directory).err();
+        let Self { bytes, ends, .. } = &mut names;
+        ends.sort_unstable_by(|one, other| {
+            bytes[one.0 as usize..one.1 as usize].cmp(&bytes[other.0 as usize..other.1 as usize])
+        });
+        (names, failed)
+    }
+
+    fn fill(&mut self, directory: BorrowedFd<'_>) -> io::Result<()> {
+        for found in Dir::read_from(directory)? {
+            let found = found?;
+            let name = found.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                let start = u32::try_from(self.bytes.len()).map_err(|_| io::Error::from(Errno::OVERFLOW))?;
+                self.bytes.extend_from_slice(name);
+                let end = u32::try_from(self.bytes.len()).map_err(|_| io::Error::from(Errno::OVERFLOW))?;
+                self.ends.push((start, end));
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<&[u8]> {
+        let (start, end) = *self.ends.get(self.next)?;
+        self.next += 1;
+        Some(&self.bytes[start as usize..end as usize])
+    }
+}
+
+struct Level {
+    directory: Option<OwnedFd>,
+    /// Device and inode, to notice when another directory took the place.
+    identity: (u64, u64),
+    names: Names,
+    path_len: usize,
+}
+
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+fn reason_of(error: &io::Error) -> Reason {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Reason::Vanished,
+        _ => Reason::Unreadable { error: error.to_string() },
+    }
+}
+
+/// Walks the tree; `visitor` gets each path once, in order.
+pub(crate) fn walk<V: Visitor>(root: &Beneath, options: &WalkOptions, visitor: &mut V) -> Result<(), V::Stop> {
+    let stat = match fstat(root.root()) {
+        Ok(stat) => stat,
+        Err(error) => return visitor.skip(Skipped { path: Vec::new(), reason: reason_of(&error.into()) }),
+    };
+    visitor.visit(&Visit { path: b"", stat: &stat, directory: root.root(), name: b"" })?;
+    let mut walk = Walk { root, options, device: stat.st_dev, path: Vec::new(), levels: Vec::new() };
+    walk.enter(visitor, identity(&stat))?;
+    while !walk.levels.is_empty() {
+        walk.step(visitor)?;
+    }
+    Ok(())
+}
+
+struct Walk<'a> {
+    root: &'a Beneath,
+    options: &'a WalkOptions,
     device: u64,
+    path: Vec<u8>,
+    levels: Vec<Level>,
 }
 
-const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
-
-impl Walk {
-    /// Opens the root, which must be a directory; the last part of its path may be a link.
-    pub(crate) fn new(root: &Path, options: WalkOptions) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = Arc::new(rustix::fs::open(root, flags, Mode::empty())?);
-        let stat = rustix::fs::fstat(&directory)?;
-        let found = Found { path: Vec::new(), directory: Arc::clone(&directory), name: c".".to_owned(), stat };
-        let names = read_names(&directory)?;
-        Ok(Self {
-            options,
-            stack: vec![Open { directory, path: Vec::new(), names }],
-            root: Some(Box::new(found)),
-            device: stat.st_dev,
-        })
-    }
-
-    fn look(&mut self, directory: Arc<OwnedFd>, path: Vec<u8>, name: CString) -> Step {
-        let stat = match rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat,
-            Err(error) => return Step::Failed { path, error: error.into() },
+impl Walk<'_> {
+    /// Goes on with the next name of the innermost directory, or leaves it.
+    fn step<V: Visitor>(&mut self, visitor: &mut V) -> Result<(), V::Stop> {
+        let Some(level) = self.levels.last_mut() else { return Ok(()) };
+        self.path.truncate(level.path_len);
+        let name_at = if level.path_len == 0 { 0 } else { level.path_len + 1 };
+        let Some(name) = level.names.next() else {
+            self.levels.pop();
+            return Ok(());
         };
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory && self.enters(&stat) {
-            match open_directory(&directory, &name) {
-                Ok((opened, names)) => self.stack.push(Open { directory: Arc::new(opened), path: path.clone(), names }),
-                // The directory itself is known; what is in it is not.
-                Err(error) => return Step::Failed { path, error },
+        if level.path_len > 0 {
+            self.path.push(b'/');
+        }
+        self.path.extend_from_slice(name);
+        if self.options.excludes.iter().any(|exclude| exclude.matches(&self.path)) {
+            return Ok(());
+        }
+        if self.path.len() > MAX_PATH_BYTES {
+            // Listed by its beginning: lists have the same limit.
+            let path = self.path[..MAX_PATH_BYTES].to_vec();
+            return visitor.skip(Skipped { path, reason: Reason::TooLarge });
+        }
+        if let Err(error) = self.reopen() {
+            // The rest of this directory is out of reach.
+            let path_len = self.levels.pop().map_or(0, |level| level.path_len);
+            self.path.truncate(path_len);
+            return visitor.skip(Skipped { path: self.path.clone(), reason: reason_of(&error) });
+        }
+        let Some(directory) = self.levels.last().and_then(|level| level.directory.as_ref()) else { return Ok(()) };
+        let name = &self.path[name_at..];
+        let stat = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(error) => {
+                return visitor.skip(Skipped { path: self.path.clone(), reason: reason_of(&error.into()) });
             }
+        };
+        visitor.visit(&Visit { path: &self.path, stat: &stat, directory: directory.as_fd(), name })?;
+        let is_here = !self.options.one_file_system || stat.st_dev == self.device;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory && is_here {
+            self.enter(visitor, identity(&stat))?;
         }
-        Step::Found(Box::new(Found { path, directory, name, stat }))
+        Ok(())
     }
 
-    fn enters(&self, stat: &Stat) -> bool {
-        !self.options.one_file_system || stat.st_dev == self.device
-    }
-}
-
-fn open_directory(parent: &OwnedFd, name: &CString) -> io::Result<(OwnedFd, Vec<CString>)> {
-    let opened = rustix::fs::openat(parent, name, DIRECTORY, Mode::empty())?;
-    let names = read_names(&opened)?;
-    Ok((opened, names))
-}
-
-/// The names in a directory, last first.
-fn read_names(directory: &OwnedFd) -> io::Result<Vec<CString>> {
-    let mut names = Vec::new();
-    for entry in rustix::fs::Dir::read_from(directory.as_fd())? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name != c"." && name != c".." {
-            names.push(name.to_owned());
-        }
-    }
-    names.sort_unstable_by(|left, right| right.cmp(left));
-    Ok(names)
-}
-
-impl Iterator for Walk {
-    type Item = Step;
-
-    fn next(&mut self) -> Option<Step> {
-        if let Some(root) = self.root.take() {
-            return Some(Step::Found(root));
-        }
-        loop {
-            let open = self.stack.last_mut()?;
-            let Some(name) = open.names.pop() else {
-                self.stack.pop();
-                continue;
-            };
-            let mut path = open.path.clone();
-            if !path.is_empty() {
-                path.push(b'/');
+    /// Makes the directory at the current path the innermost one.
+    fn enter<V: Visitor>(&mut self, visitor: &mut V, expected: (u64, u64)) -> Result<(), V::Stop> {
+        match self.open(expected) {
+            Ok(directory) => {
+                let (names, failed) = Names::read(directory.as_fd());
+                if let Some(error) = failed {
+                    visitor.skip(Skipped { path: self.path.clone(), reason: reason_of(&error) })?;
+                }
+                if let Some(far) = self.levels.len().checked_sub(OPEN_LEVELS) {
+                    self.levels[far].directory = None;
+                }
+                let path_len = self.path.len();
+                self.levels.push(Level { directory: Some(directory), identity: expected, names, path_len });
+                Ok(())
             }
-            path.extend_from_slice(name.as_bytes());
-            if self.options.excludes.iter().any(|glob| glob.matches(&path)) {
-                continue;
-            }
-            let directory = Arc::clone(&open.directory);
-            return Some(self.look(directory, path, name));
+            Err(error) => visitor.skip(Skipped { path: self.path.clone(), reason: reason_of(&error) }),
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::manifest::compare_paths;
-
-    fn paths(root: &Path, options: WalkOptions) -> Vec<String> {
-        let walk = Walk::new(root, options).unwrap();
-        walk.map(|step| match step {
-            Step::Found(found) => String::from_utf8(found.path).unwrap(),
-            Step::Failed { path, error } => panic!("{path:?}: {error}"),
-        })
-        .collect()
+    fn open(&self, expected: (u64, u64)) -> io::Result<OwnedFd> {
+        let directory = self.root.open_at(&self.path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        if identity(&fstat(&directory)?) == expected {
+            Ok(directory)
+        } else {
+            // Another directory took the place; a mount on it, for one.
+            Err(Errno::NOENT.into())
+        }
     }
 
-    #[test]
-    fn a_tree_is_walked_in_manifest_order_without_what_is_excluded() {
-        let root = tempfile::tempdir().unwrap();
-        for name in ["a/b/c", "a-b", "a/b-c", "b.tmp", "cache/x"] {
-            let path = root.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, name).unwrap();
+    /// Opens the innermost directory again if it was closed for being far from the leaves.
+    fn reopen(&mut self) -> io::Result<()> {
+        let Some(level) = self.levels.last() else { return Ok(()) };
+        if level.directory.is_some() {
+            return Ok(());
         }
-        std::os::unix::fs::symlink("/etc", root.path().join("link")).unwrap();
-        let found = paths(root.path(), WalkOptions::default());
-        assert_eq!(found, ["", "a", "a/b", "a/b/c", "a/b-c", "a-b", "b.tmp", "cache", "cache/x", "link"]);
-        assert!(found.is_sorted_by(|l, r| compare_paths(l.as_bytes(), r.as_bytes()).is_lt()));
-        let excludes = vec![Glob::exclude("*.tmp"), Glob::exclude("/cache")];
-        assert_eq!(paths(root.path(), WalkOptions { excludes, ..WalkOptions::default() }).len(), 7);
+        let directory = self.root.open_at(&self.path[..level.path_len], OFlags::RDONLY | OFlags::DIRECTORY)?;
+        if identity(&fstat(&directory)?) != level.identity {
+            return Err(Errno::NOENT.into());
+        }
+        if let Some(level) = self.levels.last_mut() {
+            level.directory = Some(directory);
+        }
+        Ok(())
     }
 }

@@ -1,438 +1,413 @@
-//! What a backup reads, a restore writes: every kind of entry, every part of its metadata, on a real file system.
+//! What was backed up comes back as it was, in every respect; and only what changed is read again.
 
-use std::collections::BTreeMap;
+#![allow(clippy::unwrap_used, reason = "only tests use these functions; a failure here is theirs")]
+
+mod trees;
+
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures::TryStreamExt;
-use lifeboat_repository::backup::{self, BackupError, BackupReport, SkipReason, TreeBackup, VirtualFile};
-use lifeboat_repository::check::CheckOptions;
-use lifeboat_repository::keys::Secret;
+use futures::{TryStreamExt, stream};
+use lifeboat_repository::backup::{self, Reason, TreeBackup, VirtualFile};
+use lifeboat_repository::config::ChunkerConfig;
+use lifeboat_repository::error::{Classified, ErrorClass};
+use lifeboat_repository::manifest::{Kind, compare_paths};
 use lifeboat_repository::progress::Progress;
-use lifeboat_repository::repository::{InitOptions, OpenOptions, Repository};
-use lifeboat_repository::restore::{self, Existing, RestoreError, RestoreOptions, RestoreReport};
-use lifeboat_repository::store::Store;
-use lifeboat_repository::store::memory::Memory;
+use lifeboat_repository::repository::{InitOptions, Repository};
+use lifeboat_repository::restore::{self, Existing, RestoreOptions, What};
+use lifeboat_repository::snapshot::{Content, Counts, Snapshot};
 use lifeboat_repository::tree;
 
-async fn repository() -> (Memory, Repository) {
-    let store = Memory::new();
-    let made =
-        Repository::init(Arc::new(store.clone()), &Secret::key_file([1; 32]), InitOptions::default()).await.unwrap();
-    (store, made)
-}
+use trees::{Described, describe, full_tree, made, made_with, noise, open, path_to, write};
 
-async fn back_up(repository: &Repository, root: &Path) -> BackupReport {
-    let parent = repository.latest_of("test").await.unwrap();
-    let plan = TreeBackup { lineage: "test".into(), parent, ..TreeBackup::default() };
+async fn back_up(repository: &Repository, root: &Path, parent: Option<&Snapshot>) -> backup::BackupReport {
+    let plan = TreeBackup { lineage: "test".into(), parent: parent.cloned(), ..TreeBackup::default() };
     backup::tree(repository, root, plan, Arc::default()).await.unwrap()
 }
 
-async fn restore_all(repository: &Repository, report: &BackupReport, target: &Path) -> RestoreReport {
-    let options = RestoreOptions { owner: true, ..RestoreOptions::default() };
-    restore::tree(repository, &report.snapshot, target, options, Arc::default()).await.unwrap()
+async fn restore_all(repository: &Repository, snapshot: &Snapshot, target: &Path) -> restore::RestoreReport {
+    restore::tree(repository, snapshot, target, RestoreOptions::default(), Arc::default()).await.unwrap()
 }
 
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
+/// Lets the clock of the file system pass the time of the last change, so that later changes show.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(40)).await;
 }
 
-fn set_times(path: &Path, seconds: i64, nanos: i64) {
-    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
-    let time = Timespec { tv_sec: seconds, tv_nsec: nanos };
-    utimensat(CWD, path, &Timestamps { last_access: time, last_modification: time }, AtFlags::SYMLINK_NOFOLLOW)
-        .unwrap();
-}
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_about_a_tree_comes_back() {
+    let (store, repository) = made().await;
+    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    full_tree(source.path());
+    let report = back_up(&repository, source.path(), None).await;
+    assert_eq!(report.skipped, []);
 
-/// Everything about an entry that must survive, as text.
-fn describe(path: &Path) -> String {
-    let found = fs::symlink_metadata(path).unwrap();
-    let kind = found.file_type();
-    let content = if kind.is_file() {
-        blake3::hash(&fs::read(path).unwrap()).to_hex().to_string()
-    } else if kind.is_symlink() {
-        format!("{:?}", fs::read_link(path).unwrap())
-    } else {
-        format!("{kind:?}")
-    };
-    let size = if kind.is_dir() { 0 } else { found.size() };
-    let links = if kind.is_dir() { 0 } else { found.nlink() };
-    let mut xattrs = Vec::new();
-    let mut names = vec![0; 4096];
-    let length = rustix::fs::llistxattr(path, &mut names).unwrap();
-    for name in names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
-        let mut value = vec![0; 4096];
-        let length = rustix::fs::lgetxattr(path, name, &mut value).unwrap();
-        xattrs.push(format!("{}={:?}", String::from_utf8_lossy(name), &value[..length]));
+    let other = open(&store).await;
+    let restored = restore_all(&other, &report.snapshot, target.path()).await;
+    assert_eq!(restored.failed, []);
+    assert_eq!(restored.counts, report.snapshot.counts);
+    let (before, after) = (describe(source.path()), describe(target.path()));
+    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    for (path, entry) in &before {
+        assert_eq!(entry, &after[path], "{}", String::from_utf8_lossy(path));
     }
-    xattrs.sort();
-    format!(
-        "{:o} {}:{} {}.{:09} size {size} links {links} dev {} {xattrs:?} {content}",
-        found.mode(),
-        found.uid(),
-        found.gid(),
-        found.mtime(),
-        found.mtime_nsec(),
-        found.rdev()
-    )
+    assert!(before.values().any(|entry| entry.xattrs.iter().any(|(name, _)| name == b"security.capability")));
+    assert!(before.values().any(|entry| entry.xattrs.iter().any(|(name, _)| name == b"system.posix_acl_access")));
+    assert!(before.values().any(|entry| entry.same_as.is_some()));
+    let sparse = fs::metadata(target.path().join("sparse")).unwrap();
+    assert!(sparse.blocks() * 512 < 4 << 20, "{} blocks", sparse.blocks());
+    assert_eq!(sparse.len(), 64 << 20);
 }
 
-fn fingerprint(root: &Path) -> BTreeMap<PathBuf, String> {
-    let mut all = BTreeMap::from([(PathBuf::new(), describe(root))]);
-    let mut open = vec![root.to_owned()];
-    while let Some(directory) = open.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            all.insert(path.strip_prefix(root).unwrap().to_owned(), describe(&path));
-            if fs::symlink_metadata(&path).unwrap().is_dir() {
-                open.push(path);
-            }
+#[tokio::test(flavor = "multi_thread")]
+async fn unchanged_files_are_not_read_and_not_stored_again() {
+    let (store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    full_tree(source.path());
+    settle().await;
+    let first = back_up(&repository, source.path(), None).await.snapshot;
+    assert!(first.stats.read_bytes > 5 << 20);
+
+    let repository = open(&store).await;
+    let second = back_up(&repository, source.path(), Some(&first)).await.snapshot;
+    assert_eq!(second.stats.read_bytes, 0);
+    assert_eq!(second.stats.new_bytes, 0, "the manifest is the same as well");
+    assert_eq!(second.counts, first.counts);
+    assert_eq!(second.parent, Some(first.id));
+
+    write(source.path(), "docs/changed", &noise(99, 5000));
+    fs::remove_file(source.path().join("small/7")).unwrap();
+    settle().await;
+    let third = back_up(&repository, source.path(), Some(&second)).await.snapshot;
+    assert_eq!(third.stats.read_bytes, 5000);
+    assert!(third.stats.new_bytes < 200 << 10, "{}", third.stats.new_bytes);
+    assert_eq!(third.counts.files, second.counts.files - 1, "one was removed");
+    let target = tempfile::tempdir().unwrap();
+    assert_eq!(restore_all(&repository, &third, target.path()).await.failed, []);
+    assert_eq!(describe(target.path()), describe(source.path()));
+
+    // Without a parent everything is read, and nothing new is found in whole files.
+    let again = back_up(&repository, source.path(), None).await.snapshot;
+    assert_eq!(again.stats.read_bytes, first.stats.read_bytes - 700 - 13 + 5000);
+    assert!(again.stats.new_bytes < 600 << 10, "{}", again.stats.new_bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_keeps_size_and_mtime_is_noticed() {
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    write(source.path(), "file", b"before");
+    let path = source.path().join("file");
+    settle().await;
+    let first = back_up(&repository, source.path(), None).await.snapshot;
+    let mtime = fs::metadata(&path).unwrap().modified().unwrap();
+    fs::write(&path, b"behind").unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_modified(mtime).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), mtime);
+    let second = back_up(&repository, source.path(), Some(&first)).await.snapshot;
+    assert_eq!(second.stats.read_bytes, 6);
+    assert_eq!(read(&repository, &second, "file").await, b"behind");
+}
+
+async fn read(repository: &Repository, snapshot: &Snapshot, path: &str) -> Vec<u8> {
+    let pieces: Vec<_> =
+        tree::read_file(repository, snapshot, Path::new(path)).await.unwrap().try_collect().await.unwrap();
+    pieces.concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_are_listed_and_files_read_alone() {
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    full_tree(source.path());
+    let snapshot = back_up(&repository, source.path(), None).await.snapshot;
+    let names = |entries: Vec<lifeboat_repository::manifest::Entry>| -> Vec<String> {
+        entries.into_iter().map(|entry| String::from_utf8_lossy(&entry.path).into_owned()).collect()
+    };
+    let list = async |path: Option<&str>, recursive| {
+        names(tree::list(&repository, &snapshot, path.map(Path::new), recursive).await.unwrap())
+    };
+    assert_eq!(list(Some("docs"), false).await, ["docs/changed", "docs/deep", "docs/empty"]);
+    assert_eq!(list(Some("/docs/deep/"), true).await, ["docs/deep/er", "docs/deep/er/file"]);
+    assert_eq!(list(Some("docs/empty"), false).await, ["docs/empty"]);
+    let all = list(None, true).await;
+    assert_eq!(all.len() as u64 + 1, snapshot.counts.files + snapshot.counts.directories + snapshot.counts.others);
+    assert!(
+        all.windows(2)
+            .all(|pair| compare_paths(pair[0].as_bytes(), pair[1].as_bytes()).is_lt() || pair[0].contains('\u{fffd}'))
+    );
+    let top = list(None, false).await;
+    assert!(top.iter().all(|path| !path.contains('/')) && top.contains(&"docs".to_owned()), "{top:?}");
+
+    for path in ["large", "sparse", "docs/empty", "small/3", "hard/second"] {
+        assert!(read(&repository, &snapshot, path).await == fs::read(source.path().join(path)).unwrap(), "{path}");
+    }
+    let Err(error) = tree::read_file(&repository, &snapshot, Path::new("docs")).await else { panic!() };
+    assert_eq!(error.class(), ErrorClass::Invalid);
+    let error = tree::list(&repository, &snapshot, Some(Path::new("none")), false).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_files_over_many_pages() {
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    for directory in 0..30 {
+        for file in 0..150 {
+            let len = (directory * 131 + file * 17) % 900;
+            write(source.path(), &format!("d{directory}/f{file}"), &noise(directory * 1000 + file, len as usize));
         }
     }
-    all
-}
-
-fn make_everything(root: &Path) {
-    let at = |name: &str| root.join(name);
-    fs::create_dir_all(at("dir/deep/er/and/deeper")).unwrap();
-    fs::create_dir(at("empty")).unwrap();
-    fs::write(at("small"), "hello").unwrap();
-    fs::write(at("none"), "").unwrap();
-    fs::write(at("dir/large"), noise(1, 5_000_000)).unwrap();
-    for number in 0..300 {
-        fs::write(at(&format!("dir/deep/file{number}")), noise(number, 1000)).unwrap();
-    }
-    fs::write(root.join(std::ffi::OsStr::from_bytes(b"latin\xe9\n name")), "x").unwrap();
-    fs::write(at(&"n".repeat(255)), "long").unwrap();
-    symlink("../small", at("dir/link")).unwrap();
-    symlink("/nowhere/at/all", at("dangling")).unwrap();
-    fs::hard_link(at("dir/large"), at("dir/twin")).unwrap();
-    fs::hard_link(at("small"), at("empty/far twin")).unwrap();
-    rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), rustix::fs::FileType::Fifo, 0o644.into(), 0).unwrap();
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        at("null"),
-        rustix::fs::FileType::CharacterDevice,
-        0o666.into(),
-        rustix::fs::makedev(1, 3),
-    )
-    .unwrap();
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        at("disk"),
-        rustix::fs::FileType::BlockDevice,
-        0o660.into(),
-        rustix::fs::makedev(7, 200),
-    )
-    .unwrap();
-    std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
-    let mut sparse = fs::File::create(at("sparse")).unwrap();
-    sparse.set_len(40 << 20).unwrap();
-    sparse.seek(SeekFrom::Start(20 << 20)).unwrap();
-    sparse.write_all(&noise(7, 100_000)).unwrap();
-    std::os::unix::fs::chown(at("dir/deep/file1"), Some(1234), Some(5678)).unwrap();
-    std::os::unix::fs::lchown(at("dangling"), Some(42), Some(43)).unwrap();
-    fs::set_permissions(at("dir/deep/file2"), fs::Permissions::from_mode(0o6755)).unwrap();
-    fs::set_permissions(at("empty"), fs::Permissions::from_mode(0o1700)).unwrap();
-    let set = |name: &str, attribute: &str, value: &[u8]| {
-        rustix::fs::lsetxattr(at(name), attribute, value, rustix::fs::XattrFlags::empty()).unwrap();
-    };
-    set("small", "user.note", b"with\0zero");
-    set("dir", "user.on-a-directory", b"");
-    set("dir/deep/file3", "security.capability", &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    // An ACL that lets user 1000 read: version 2, then owner, user 1000, group, mask, others.
-    let acl: Vec<u8> = [(1u16, 6u16, u32::MAX), (2, 4, 1000), (4, 4, u32::MAX), (16, 4, u32::MAX), (32, 0, u32::MAX)]
-        .iter()
-        .fold(2u32.to_le_bytes().to_vec(), |mut acl, (tag, permissions, id)| {
-            acl.extend(tag.to_le_bytes());
-            acl.extend(permissions.to_le_bytes());
-            acl.extend(id.to_le_bytes());
-            acl
-        });
-    set("dir/deep/file4", "system.posix_acl_access", &acl);
-    set_times(&at("dangling"), 1, 1);
-    set_times(&at("small"), 981_173_106, 123_456_789);
-    set_times(&at("none"), -5, 999_999_999);
-    set_times(&at("dir/deep"), 1_000_000_000, 5);
-    set_times(&at("empty"), 0, 0);
-    set_times(root, 1_234_567_890, 987_654_321);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn everything_survives() {
-    let (_, repository) = repository().await;
-    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    make_everything(source.path());
-    let before = fingerprint(source.path());
-    assert!(before.len() > 315, "{}", before.len());
-    let report = back_up(&repository, source.path()).await;
-    assert_eq!(report.skipped, []);
-    let target = target.path().join("new/folder");
-    let restored = restore_all(&repository, &report, &target).await;
-    assert_eq!(restored.failed, []);
-    let after = fingerprint(&target);
-    for (path, description) in &before {
-        assert_eq!(after.get(path), Some(description), "{}", path.display());
-    }
-    assert_eq!(after.len(), before.len());
-    let sparse = fs::metadata(target.join("sparse")).unwrap();
-    assert!(sparse.blocks() * 512 < 1 << 20, "the holes are gone: {} blocks", sparse.blocks());
-    assert!(fs::metadata(target.join("socket")).unwrap().file_type().is_socket());
-    assert_eq!(restored.counts.files, report.snapshot.counts.files);
-    let check = repository.check(CheckOptions { read_data: true }, Arc::default()).await.unwrap();
-    assert!(check.problems.is_empty(), "{:?}", check.problems);
-    assert!(check.chunks > 10 && check.bytes_read > 5_000_000);
-}
-
-/// Waits until changes made before are told from those made after.
-fn settle() {
-    std::thread::sleep(std::time::Duration::from_millis(80));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_did_not_change_is_not_read_again() {
-    let (_, repository) = repository().await;
-    let source = tempfile::tempdir().unwrap();
-    make_everything(source.path());
-    settle();
-    let first = back_up(&repository, source.path()).await;
-    assert!(first.snapshot.stats.read_bytes > 5_000_000);
-    let second = back_up(&repository, source.path()).await;
-    assert_eq!(second.snapshot.stats.read_bytes, 0);
-    assert_eq!(second.snapshot.stats.new_bytes, 0, "not even a page of the file list is new");
-    assert_eq!(second.snapshot.parent, Some(first.snapshot.id));
-    fs::write(source.path().join("dir/deep/file7"), noise(9999, 1000)).unwrap();
-    fs::write(source.path().join("new"), noise(8888, 200_000)).unwrap();
-    fs::remove_file(source.path().join("dir/deep/file8")).unwrap();
-    let third = back_up(&repository, source.path()).await;
-    assert_eq!(third.snapshot.stats.read_bytes, 201_000);
-    assert!(third.snapshot.stats.stored_bytes < 400_000, "{}", third.snapshot.stats.stored_bytes);
+    settle().await;
+    let first = back_up(&repository, source.path(), None).await.snapshot;
+    let manifest = tree::manifest(&repository, &first).await.unwrap();
+    assert!(manifest.pages().len() > 2, "{} pages", manifest.pages().len());
+    let listed = tree::list(&repository, &first, Some(Path::new("d7")), false).await.unwrap();
+    assert_eq!(listed.len(), 150);
+    assert_eq!(tree::list(&repository, &first, None, false).await.unwrap().len(), 30);
+    write(source.path(), "d7/f7", b"new content");
+    write(source.path(), "d12/inserted", b"inserted");
+    settle().await;
+    let second = back_up(&repository, source.path(), Some(&first)).await.snapshot;
+    assert_eq!(second.stats.read_bytes, 19);
+    let after = tree::manifest(&repository, &second).await.unwrap();
+    let kept =
+        after.pages().iter().filter(|page| manifest.pages().iter().any(|old| old.chunk.id == page.chunk.id)).count();
+    assert!(kept + 4 >= after.pages().len() && kept > 0, "{kept} of {} pages are kept", after.pages().len());
     let target = tempfile::tempdir().unwrap();
-    restore_all(&repository, &third, target.path()).await;
-    assert_eq!(fingerprint(target.path()), fingerprint(source.path()));
-    // The older snapshot still shows the older state.
-    let old = tempfile::tempdir().unwrap();
-    restore_all(&repository, &first, old.path()).await;
-    assert_eq!(fs::read(old.path().join("dir/deep/file7")).unwrap(), noise(7, 1000));
-    assert!(old.path().join("dir/deep/file8").exists());
+    assert_eq!(restore_all(&repository, &second, target.path()).await.failed, []);
+    assert_eq!(describe(target.path()), describe(source.path()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_leaves_size_and_mtime_alone_is_found() {
-    let (_, repository) = repository().await;
+async fn files_of_many_chunks_keep_their_lists() {
+    let chunker = ChunkerConfig { min: 2048, average: 8192, max: 32768, ..ChunkerConfig::default() };
+    let (_store, repository) = made_with(InitOptions { chunker }).await;
     let source = tempfile::tempdir().unwrap();
-    let file = source.path().join("file");
-    fs::write(&file, "one").unwrap();
-    set_times(&file, 1000, 0);
-    // No pause: the second write may fall into the same tick of the file system's clock.
-    back_up(&repository, source.path()).await;
-    fs::write(&file, "two").unwrap();
-    set_times(&file, 1000, 0);
-    let second = back_up(&repository, source.path()).await;
+    let mut bytes = noise(5, 24 << 20);
+    write(source.path(), "big", &bytes);
+    settle().await;
+    let first = back_up(&repository, source.path(), None).await.snapshot;
+    let listed = tree::list(&repository, &first, None, true).await.unwrap();
+    let Kind::Regular(file) = &listed[0].kind else { panic!() };
+    let lifeboat_repository::manifest::Contents::Listed(lists) = &file.contents else { panic!("inline") };
+    assert!(lists.len() > 1);
+    let second = back_up(&repository, source.path(), Some(&first)).await.snapshot;
+    assert_eq!((second.stats.read_bytes, second.stats.new_bytes), (0, 0));
+    bytes.splice(1_000_000..1_000_100, *b"something else");
+    write(source.path(), "big", &bytes);
+    settle().await;
+    let third = back_up(&repository, source.path(), Some(&second)).await.snapshot;
+    assert_eq!(third.stats.read_bytes, bytes.len() as u64);
+    assert!(third.stats.new_bytes < 512 << 10, "{}", third.stats.new_bytes);
+    assert!(read(&repository, &third, "big").await == bytes);
     let target = tempfile::tempdir().unwrap();
-    restore_all(&repository, &second, target.path()).await;
-    assert_eq!(fs::read(target.path().join("file")).unwrap(), b"two");
+    assert_eq!(restore_all(&repository, &third, target.path()).await.failed, []);
+    assert!(fs::read(target.path().join("big")).unwrap() == bytes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn half_a_change_in_a_large_file_stores_half() {
-    let (_, repository) = repository().await;
+async fn a_part_is_restored_with_the_directories_above() {
+    let (_store, repository) = made().await;
     let source = tempfile::tempdir().unwrap();
-    let mut bytes = noise(1, 20 << 20);
-    fs::write(source.path().join("big"), &bytes).unwrap();
-    let first = back_up(&repository, source.path()).await;
-    bytes[10 << 20..11 << 20].copy_from_slice(&noise(2, 1 << 20));
-    fs::write(source.path().join("big"), &bytes).unwrap();
-    let second = back_up(&repository, source.path()).await;
-    assert!(first.snapshot.stats.new_bytes >= 20 << 20);
-    assert!(second.snapshot.stats.new_bytes < 4 << 20, "{}", second.snapshot.stats.new_bytes);
+    full_tree(source.path());
+    let snapshot = back_up(&repository, source.path(), None).await.snapshot;
+    let target = tempfile::tempdir().unwrap();
+    let select = vec!["docs/deep/er".to_owned(), "hard/sec*".to_owned(), "/hard/third".to_owned()];
+    let options = RestoreOptions { select, ..RestoreOptions::default() };
+    let report = restore::tree(&repository, &snapshot, target.path(), options, Arc::default()).await.unwrap();
+    assert_eq!(report.failed, []);
+    let (before, after) = (describe(source.path()), describe(target.path()));
+    let paths: Vec<_> = after.keys().map(|path| String::from_utf8_lossy(path).into_owned()).collect();
+    assert_eq!(
+        paths,
+        ["", "docs", "docs/deep", "docs/deep/er", "docs/deep/er/file", "hard", "hard/second", "hard/third"]
+    );
+    for (path, entry) in &after {
+        let of_links = path.starts_with(b"hard/");
+        let expected =
+            Described { same_as: if of_links { entry.same_as.clone() } else { None }, ..before[path].clone() };
+        assert_eq!(entry, &expected, "{}", String::from_utf8_lossy(path));
+    }
+    assert_eq!(after[&b"hard/third"[..]].same_as.as_deref(), Some(&b"hard/second"[..]));
+    let options = RestoreOptions { select: vec!["nothing/here".into()], ..RestoreOptions::default() };
+    let error = restore::tree(&repository, &snapshot, target.path(), options, Arc::default()).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Invalid);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn selections_excludes_and_listings() {
-    let (_, repository) = repository().await;
+async fn what_exists_is_kept_or_replaced_as_told() {
+    let (_store, repository) = made().await;
     let source = tempfile::tempdir().unwrap();
-    make_everything(source.path());
-    let plan = TreeBackup {
-        lineage: "test".into(),
-        excludes: vec!["file1*".into(), "/empty".into()],
-        ..TreeBackup::default()
-    };
+    for path in ["same", "dir/file", "link-there", "dir-there"] {
+        write(source.path(), path, b"from the snapshot");
+    }
+    symlink("same", source.path().join("symlink")).unwrap();
+    let snapshot = back_up(&repository, source.path(), None).await.snapshot;
+    let outside = tempfile::tempdir().unwrap();
+    let target = tempfile::tempdir().unwrap();
+    write(outside.path(), "precious", b"precious");
+    write(target.path(), "same", b"mine");
+    write(target.path(), "dir/other", b"other");
+    write(target.path(), "symlink", b"mine");
+    write(target.path(), "dir-there/inside", b"inside");
+    symlink(outside.path().join("precious"), target.path().join("link-there")).unwrap();
+
+    let report = restore_all(&repository, &snapshot, target.path()).await;
+    let mut failed: Vec<_> = report.failed.iter().map(|failed| (failed.path.as_slice(), failed.what)).collect();
+    failed.sort_by_key(|(path, _)| *path);
+    let create = What::Create;
+    assert_eq!(failed, [(&b"dir-there"[..], create), (b"link-there", create), (b"same", create), (b"symlink", create)]);
+    assert_eq!(report.counts.skipped, 4);
+    assert_eq!(fs::read(target.path().join("same")).unwrap(), b"mine");
+    assert_eq!(fs::read(target.path().join("dir/file")).unwrap(), b"from the snapshot");
+
+    let options = RestoreOptions { existing: Existing::Overwrite, ..RestoreOptions::default() };
+    let report = restore::tree(&repository, &snapshot, target.path(), options, Arc::default()).await.unwrap();
+    let failed: Vec<_> = report.failed.iter().map(|failed| failed.path.as_slice()).collect();
+    assert_eq!(failed, [&b"dir-there"[..]], "a directory is not removed");
+    for path in ["same", "dir/file", "link-there", "symlink"] {
+        assert_eq!(fs::read(target.path().join(path)).unwrap(), b"from the snapshot", "{path}");
+    }
+    assert_eq!(fs::read(target.path().join("dir/other")).unwrap(), b"other");
+    assert_eq!(fs::read(target.path().join("dir-there/inside")).unwrap(), b"inside");
+    assert_eq!(fs::read(outside.path().join("precious")).unwrap(), b"precious");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_owners_nobody_gets_the_rights_of_another() {
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    write(source.path(), "tool", b"#!");
+    std::os::unix::fs::chown(source.path().join("tool"), Some(1234), Some(1234)).unwrap();
+    fs::set_permissions(source.path().join("tool"), fs::Permissions::from_mode(0o6755)).unwrap();
+    let snapshot = back_up(&repository, source.path(), None).await.snapshot;
+    let target = tempfile::tempdir().unwrap();
+    let options = RestoreOptions { owner: false, ..RestoreOptions::default() };
+    let report = restore::tree(&repository, &snapshot, target.path(), options, Arc::default()).await.unwrap();
+    assert_eq!(report.failed, []);
+    let found = fs::metadata(target.path().join("tool")).unwrap();
+    assert_eq!((found.uid(), found.mode() & 0o7777), (rustix::process::getuid().as_raw(), 0o755));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn excluded_paths_are_left_out() {
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    for path in ["keep", "cache/a", "x/cache/b", "x/y.tmp", "x/y.txt", "top/only", "x/top/only"] {
+        write(source.path(), path, b"x");
+    }
+    let excludes = ["cache", "*.tmp", "/top"].map(str::to_owned).to_vec();
+    let plan = TreeBackup { lineage: "test".into(), excludes, ..TreeBackup::default() };
     let report = backup::tree(&repository, source.path(), plan, Arc::default()).await.unwrap();
-    let names = |entries: Vec<lifeboat_repository::manifest::Entry>| {
-        entries.into_iter().map(|e| String::from_utf8_lossy(&e.path).into_owned()).collect::<Vec<_>>()
-    };
-    let listed = names(tree::list(&repository, &report.snapshot, Some(Path::new("/dir")), false).await.unwrap());
-    assert_eq!(listed, ["dir/deep", "dir/large", "dir/link", "dir/twin"]);
-    let deep = names(tree::list(&repository, &report.snapshot, Some(Path::new("dir/deep")), true).await.unwrap());
-    assert!(deep.contains(&"dir/deep/file2".to_owned()) && !deep.iter().any(|name| name.starts_with("dir/deep/file1")));
-    assert!(tree::list(&repository, &report.snapshot, Some(Path::new("empty")), true).await.is_err());
-    let target = tempfile::tempdir().unwrap();
-    let options = RestoreOptions { select: vec!["dir/deep/file2".into()], ..RestoreOptions::default() };
-    restore::tree(&repository, &report.snapshot, target.path(), options, Arc::default()).await.unwrap();
-    assert_eq!(fs::read(target.path().join("dir/deep/file2")).unwrap(), noise(2, 1000));
-    assert!(!target.path().join("small").exists());
-    let options =
-        RestoreOptions { select: vec!["no/such".into()], existing: Existing::Overwrite, ..RestoreOptions::default() };
-    let error = restore::tree(&repository, &report.snapshot, target.path(), options, Arc::default()).await.unwrap_err();
-    assert!(matches!(error, RestoreError::NothingSelected { .. }), "{error}");
+    let listed = tree::list(&repository, &report.snapshot, None, true).await.unwrap();
+    let paths: Vec<_> = listed.iter().map(|entry| std::str::from_utf8(&entry.path).unwrap()).collect();
+    assert_eq!(paths, ["keep", "x", "x/top", "x/top/only", "x/y.txt"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_target_with_files_is_refused_or_overwritten_as_asked() {
-    let (_, repository) = repository().await;
-    let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    make_everything(source.path());
-    let report = back_up(&repository, source.path()).await;
-    fs::create_dir(target.path().join("lost+found")).unwrap();
-    fs::write(target.path().join("mine"), "stays").unwrap();
-    let refused =
-        restore::tree(&repository, &report.snapshot, target.path(), RestoreOptions::default(), Arc::default()).await;
-    assert!(matches!(refused, Err(RestoreError::TargetNotEmpty { .. })));
-    fs::write(target.path().join("small"), "old and longer than before").unwrap();
-    symlink("/etc/passwd", target.path().join("none")).unwrap();
-    symlink("/tmp", target.path().join("dir")).unwrap();
-    let options = || RestoreOptions { existing: Existing::Overwrite, owner: true, ..RestoreOptions::default() };
-    for _ in 0..2 {
-        let restored =
-            restore::tree(&repository, &report.snapshot, target.path(), options(), Arc::default()).await.unwrap();
-        assert_eq!(restored.failed, []);
-    }
-    let mut after = fingerprint(target.path());
-    assert_eq!(after.remove(Path::new("lost+found")).is_some(), true);
-    assert!(after.remove(Path::new("mine")).is_some());
-    assert_eq!(after, fingerprint(source.path()));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn files_that_vanish_or_shrink_while_they_are_read_are_named() {
-    let (_, repository) = repository().await;
+async fn a_cancelled_backup_leaves_nothing_visible() {
+    let (store, repository) = made().await;
     let source = tempfile::tempdir().unwrap();
-    // Large enough that the reader is still in the first file when the others change.
-    fs::write(source.path().join("a-first"), noise(1, 64 << 20)).unwrap();
-    fs::write(source.path().join("b-shrinks"), noise(2, 64 << 20)).unwrap();
-    for number in 0..40 {
-        fs::write(source.path().join(format!("c-vanishes{number:02}")), noise(number, 100)).unwrap();
-    }
+    write(source.path(), "file", &noise(1, 3 << 20));
     let progress = Arc::new(Progress::default());
-    let plan = TreeBackup { lineage: "test".into(), ..TreeBackup::default() };
-    let changing = {
-        let (progress, root) = (Arc::clone(&progress), source.path().to_owned());
-        std::thread::spawn(move || {
-            while progress.snapshot().bytes_done == 0 {
-                std::thread::yield_now();
-            }
-            fs::OpenOptions::new().write(true).open(root.join("b-shrinks")).unwrap().set_len(1000).unwrap();
-            for number in 10..40 {
-                fs::remove_file(root.join(format!("c-vanishes{number:02}"))).unwrap();
-            }
-        })
-    };
-    let report = backup::tree(&repository, source.path(), plan, progress).await.unwrap();
-    changing.join().unwrap();
-    let reason = |name: &str| {
-        report.skipped.iter().find(|skipped| skipped.path == name.as_bytes()).map(|skipped| skipped.reason.clone())
-    };
-    assert_eq!(reason("b-shrinks"), Some(SkipReason::Shrunk));
-    assert_eq!(reason("c-vanishes39"), Some(SkipReason::Vanished));
-    assert_eq!(reason("a-first"), None);
-    assert_eq!(report.snapshot.counts.skipped, report.skipped.len() as u64);
-    assert_eq!(tree::skipped(&repository, &report.snapshot).await.unwrap(), report.skipped);
-    let target = tempfile::tempdir().unwrap();
-    restore_all(&repository, &report, target.path()).await;
-    assert!(!target.path().join("b-shrinks").exists(), "half a file is not a file");
-    assert_eq!(fs::metadata(target.path().join("a-first")).unwrap().len(), 64 << 20);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stopped_backup_leaves_nothing_visible() {
-    let (store, repository) = repository().await;
-    let source = tempfile::tempdir().unwrap();
-    fs::write(source.path().join("big"), noise(1, 200 << 20)).unwrap();
-    let progress = Arc::new(Progress::default());
-    let stopper = {
-        let progress = Arc::clone(&progress);
-        std::thread::spawn(move || {
-            while progress.snapshot().bytes_done == 0 {
-                std::thread::yield_now();
-            }
-            progress.cancel();
-        })
-    };
+    progress.cancel();
     let plan = TreeBackup { lineage: "test".into(), ..TreeBackup::default() };
     let error = backup::tree(&repository, source.path(), plan, progress).await.unwrap_err();
-    stopper.join().unwrap();
-    assert!(matches!(error, BackupError::Cancelled), "{error}");
-    assert!(repository.snapshots().await.unwrap().is_empty());
-    let decided = store.keys().into_iter().filter(|key| key.starts_with("d/")).count();
-    assert_eq!(decided, 1, "the session is decided");
+    assert!(matches!(error, backup::BackupError::Cancelled));
+    assert_eq!(repository.snapshots().await.unwrap(), []);
+    assert_eq!(store.keys().iter().filter(|key| key.starts_with("d/")).count(), 1, "the session is decided");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn damaged_data_costs_the_files_that_need_it_and_is_located() {
-    let (store, repository) = repository().await;
-    let source = tempfile::tempdir().unwrap();
-    fs::write(source.path().join("a"), noise(1, 1 << 20)).unwrap();
-    fs::write(source.path().join("b"), noise(2, 1 << 20)).unwrap();
-    let report = back_up(&repository, source.path()).await;
-    // The first chunk of the data pack belongs to `a`.
-    let pack = store
-        .keys()
-        .into_iter()
-        .filter(|key| key.starts_with("p/"))
-        .max_by_key(|key| store.object(key).unwrap().len())
-        .unwrap();
-    let mut bytes = store.object(&pack).unwrap().to_vec();
-    bytes[100] ^= 1;
-    store.overwrite(&pack, bytes.into());
-    let target = tempfile::tempdir().unwrap();
-    let reopened =
-        Repository::open(Arc::new(store.clone()), &Secret::key_file([1; 32]), OpenOptions::default()).await.unwrap();
-    let restored = restore_all(&reopened, &report, target.path()).await;
-    assert_eq!(restored.failed.len(), 1);
-    assert_eq!((restored.failed[0].path.as_slice(), restored.failed[0].what), (&b"a"[..], "content"));
-    assert_eq!(fs::read(target.path().join("b")).unwrap(), noise(2, 1 << 20));
-    let quick = reopened.check(CheckOptions::default(), Arc::default()).await.unwrap();
-    assert!(quick.problems.is_empty());
-    let full = reopened.check(CheckOptions { read_data: true }, Arc::default()).await.unwrap();
-    let problems: Vec<_> = full.problems.iter().map(ToString::to_string).collect();
-    assert!(
-        problems.iter().any(|p| p.contains("offset 64")) && problems.iter().any(|p| p.contains("hash")),
-        "{problems:?}"
+async fn files_from_memory_and_recovery_points() {
+    let (_store, repository) = made().await;
+    let mtime = jiff::Timestamp::new(1_700_000_000, 5).unwrap();
+    let file = |path: &str, bytes: Vec<u8>| {
+        Ok::<_, std::io::Error>(VirtualFile { path: path.into(), bytes: bytes.into(), mtime })
+    };
+    let large = noise(3, 3 << 20);
+    let files = vec![
+        file("apps/deployments/a.json", b"{}".to_vec()),
+        file("apps/deployments/b.json", large.clone()),
+        file("apps.json", Vec::new()),
+        file("core/pods/c.json", b"pod".to_vec()),
+    ];
+    let plan = TreeBackup { lineage: "objects".into(), host: "controller".into(), ..TreeBackup::default() };
+    let report = backup::entries(&repository, stream::iter(files), plan.clone(), Arc::default()).await.unwrap();
+    assert_eq!(
+        report.snapshot.counts,
+        Counts { files: 4, directories: 5, others: 0, bytes: 5 + (3 << 20), skipped: 0 }
     );
-    store.delete(&pack).await.unwrap();
-    let reopened = Repository::open(Arc::new(store), &Secret::key_file([1; 32]), OpenOptions::default()).await.unwrap();
-    let gone = reopened.check(CheckOptions::default(), Arc::default()).await.unwrap();
-    assert!(!gone.problems.is_empty(), "a missing pack is found without reading data");
+    assert_eq!(report.snapshot.host, "controller");
+    assert!(read(&repository, &report.snapshot, "apps/deployments/b.json").await == large);
+    assert_eq!(read(&repository, &report.snapshot, "core/pods/c.json").await, b"pod");
+    assert_eq!(read(&repository, &report.snapshot, "apps.json").await, b"");
+    let target = tempfile::tempdir().unwrap();
+    assert_eq!(restore_all(&repository, &report.snapshot, target.path()).await.failed, []);
+    assert_eq!(fs::read(target.path().join("core/pods/c.json")).unwrap(), b"pod");
+
+    for wrong in [vec!["b", "a"], vec!["a", "a"], vec!["../a"], vec!["/a"], vec!["a", "a/b"], vec![""]] {
+        let files: Vec<_> = wrong.iter().map(|path| file(path, b"x".to_vec())).collect();
+        let error = backup::entries(&repository, stream::iter(files), plan.clone(), Arc::default()).await.unwrap_err();
+        assert!(matches!(error, backup::BackupError::Path { .. }), "{wrong:?}: {error}");
+    }
+    let broken = vec![file("a", b"x".to_vec()), Err(std::io::Error::other("the API is gone"))];
+    let error = backup::entries(&repository, stream::iter(broken), plan, Arc::default()).await.unwrap_err();
+    assert!(matches!(error, backup::BackupError::Source(_)));
+
+    let description = serde_json::json!({"application": "shop"});
+    let members = vec![report.snapshot.id];
+    let point = backup::recovery_point(
+        &repository,
+        "app".into(),
+        [("a".into(), "b".into())].into(),
+        members.clone(),
+        description.clone(),
+        report.snapshot.counts,
+    )
+    .await
+    .unwrap();
+    let found = repository.find(&point.id.to_string()).await.unwrap();
+    assert_eq!(found.content, Content::RecoveryPoint { members, description });
+    assert_eq!(repository.snapshots().await.unwrap().len(), 2, "nothing of the failed ones");
+    let missing = vec![lifeboat_repository::id::SnapshotId([9; 16])];
+    let error = backup::recovery_point(
+        &repository,
+        "app".into(),
+        [].into(),
+        missing,
+        serde_json::Value::Null,
+        Counts::default(),
+    )
+    .await
+    .unwrap_err();
+    assert_eq!(error.class(), ErrorClass::NotFound);
+    let error =
+        restore::tree(&repository, &point, target.path(), RestoreOptions::default(), Arc::default()).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Invalid);
 }
 
-#[tokio::test]
-async fn files_from_memory_come_back_and_disorder_is_refused() {
-    let (_, repository) = repository().await;
-    let file = |path: &str, bytes: Vec<u8>| Ok::<_, String>(VirtualFile { path: path.into(), bytes: bytes.into() });
-    let plan = || TreeBackup { lineage: "objects".into(), ..TreeBackup::default() };
-    let files = vec![
-        file("a.core/v1/x.json", b"{}".to_vec()),
-        file("a.core/v1/y.json", noise(1, 200_000)),
-        file("b.apps/v1/z.json", vec![]),
-    ];
-    let report =
-        backup::entries(&repository, plan(), futures::stream::iter(files.clone()), Arc::default()).await.unwrap();
-    let read: Vec<_> = tree::read_files(&repository, &report.snapshot).await.unwrap().try_collect().await.unwrap();
-    let expected: Vec<_> = files.into_iter().map(|file| file.map(|file| (file.path, file.bytes)).unwrap()).collect();
-    assert_eq!(read, expected);
-    for bad in [vec![file("b", vec![]), file("a", vec![])], vec![file("../a", vec![])], vec![file("", vec![])]] {
-        let refused = backup::entries(&repository, plan(), futures::stream::iter(bad), Arc::default()).await;
-        assert!(matches!(refused, Err(BackupError::Order { .. })));
-    }
-    let failing = vec![file("a", vec![]), Err("the source is gone".to_owned())];
-    let refused = backup::entries(&repository, plan(), futures::stream::iter(failing), Arc::default()).await;
-    assert!(matches!(refused, Err(BackupError::Source(_))));
-    assert_eq!(repository.snapshots().await.unwrap().len(), 1);
+#[tokio::test(flavor = "multi_thread")]
+async fn directories_that_cannot_be_read_are_listed() {
+    // The super-user reads everything; what is gone nobody reads. A name that is too long stands for both.
+    let (_store, repository) = made().await;
+    let source = tempfile::tempdir().unwrap();
+    write(source.path(), "a", b"x");
+    let deepest = path_to(source.path(), &"n".repeat(250), 140);
+    assert!(deepest.len() > 32 << 10);
+    let report = back_up(&repository, source.path(), None).await;
+    assert!(!report.skipped.is_empty());
+    assert!(
+        report.skipped.iter().all(|skipped| skipped.reason == Reason::TooLarge),
+        "{} skipped",
+        report.skipped.len()
+    );
+    assert_eq!(report.snapshot.counts.skipped, report.skipped.len() as u64);
+    assert!(tree::skipped(&repository, &report.snapshot).await.unwrap() == report.skipped);
+    let target = tempfile::tempdir().unwrap();
+    assert_eq!(restore_all(&repository, &report.snapshot, target.path()).await.failed, []);
 }

@@ -116,7 +116,8 @@ fn files(
                     for (name, json) in objects {
                         note(&|status| status.count += 1);
                         let path = format!("{}/{}/{name}.json", offered.name.folder(), offered.api.version);
-                        yield VirtualFile { path: path.into_bytes(), bytes: json.into() };
+                        // The time of the capture would make every object look changed.
+                        yield VirtualFile { path, bytes: json.into(), mtime: jiff::Timestamp::UNIX_EPOCH };
                     }
                 }
                 Err(error) => {
@@ -144,7 +145,7 @@ pub(super) async fn capture(run: &mut Run, context: &Context) -> Result<()> {
     let files = files(context.client.clone(), run.namespace.clone(), plan.scope, Arc::clone(&found));
     let parent = repository.latest_of(&lineage).await;
     let tree = TreeBackup { lineage, tags: run.tags(cluster), parent: parent.ok().flatten(), ..TreeBackup::default() };
-    let captured = backup::entries(&repository, tree, files, Arc::default()).await;
+    let captured = backup::entries(&repository, files, tree, Arc::default()).await;
     let mut objects = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
     let report = match captured {
         Ok(report) => report,

@@ -1,194 +1,254 @@
-//! Puts entries into the manifest in order, and small files into bundles.
+//! Brings entries back into path order, bundles small files, and writes the manifest.
 //!
-//! Entries wait in a queue until the bundle that holds their data is put; the queue is bounded.
+//! An entry waits until the chunk that holds its bytes is stored; what waits is bounded. Files that changed since the
+//! parent have a bundle of their own, so that the bundles of files that never change stay whole.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use tokio::task::JoinHandle;
 
-use super::{BackupError, SkipReason, Skipped, Written};
-use crate::id::ChunkRef;
-use crate::manifest::{Entry, Extent, Kind, ManifestWriter};
-use crate::progress::Progress;
-use crate::sink::{ChunkKind, ChunkSink};
-use crate::snapshot::{Content, Counts};
+use super::BackupError;
+use super::compare::{Item, Todo};
+use super::read::{Context, Outcome, resolve};
+use crate::manifest::{Contents, Entry, Kind, ManifestWriter, Piece, Regular, Skipped, write_skipped};
+use crate::session::SessionError;
+use crate::sink::{ChunkKind, ChunkRef, Put};
+use crate::snapshot::Counts;
 
-/// Files below this size go into bundles.
-pub(super) const SMALL_FILE_BYTES: u64 = 64 << 10;
-/// A bundle is closed when it has this many bytes; only at the end of a file.
-const BUNDLE_BYTES: usize = 128 << 10;
-/// Entries that may wait for a bundle.
-const MAX_WAITING: usize = 4096;
-/// Skipped files in one record.
-const SKIPPED_PER_RECORD: usize = 10_000;
-
-/// Where the data of an entry is.
-#[derive(Debug)]
-pub(super) enum Data {
-    /// Nowhere, or in extents that are there already.
-    Placed,
-    /// Here; to be bundled. `changed`: the parent has another version of it.
-    Small { bytes: Bytes, changed: bool },
-}
-
-/// One entry in the queue.
-struct Waiting {
-    entry: Entry,
-    /// Which bundle, by number, and where in it.
-    bundle: Option<(u64, u32, u32)>,
-}
+/// A bundle ends behind a file that fits [`CUT_MASK`] once it has this many bytes ...
+const BUNDLE_MIN: usize = 64 << 10;
+/// ... and at the latest behind the file that takes it to this.
+const BUNDLE_MAX: usize = 192 << 10;
+/// One path in eight may end a bundle: after an insertion the next bundles soon are the old ones again.
+const CUT_MASK: u8 = 7;
+/// Entries that wait for others before their own bundles are closed early.
+const WINDOW: usize = 4096;
+/// Bundles that are stored at the same time.
+const IN_FLIGHT: usize = 8;
 
 #[derive(Default)]
 struct Bundle {
     number: u64,
-    bytes: BytesMut,
+    bytes: Vec<u8>,
+    files: usize,
 }
 
-/// Assembles a snapshot's content.
-pub(super) struct Assembler {
-    sink: Arc<dyn ChunkSink>,
-    progress: Arc<Progress>,
-    manifest: ManifestWriter,
-    waiting: VecDeque<Waiting>,
-    /// Bundle of new files, and bundle of files changed since the parent.
-    bundles: [Bundle; 2],
+/// A bundle on its way into the repository.
+struct Storing {
+    number: u64,
+    files: usize,
+    put: JoinHandle<Result<Put, SessionError>>,
+}
+
+struct Waiting {
+    entry: Entry,
+    /// Number of the bundle, offset and length there.
+    bundled: Option<(u64, u32, u32)>,
+}
+
+/// A manifest that is being made.
+pub(super) struct Assembly {
+    context: Arc<Context>,
+    writer: ManifestWriter,
+    queue: VecDeque<Waiting>,
+    /// For new files, and for files that the parent has with other content.
+    open: [Bundle; 2],
     next_bundle: u64,
-    closed: std::collections::HashMap<u64, ChunkRef>,
-    counts: Counts,
-    read_bytes: u64,
+    storing: VecDeque<Storing>,
+    stored: HashMap<u64, (ChunkRef, usize)>,
+    /// First paths that could not be read; once another name of the file was read, that one.
+    lost: HashMap<Vec<u8>, Option<Vec<u8>>>,
     skipped: Vec<Skipped>,
-    skipped_files: HashSet<Vec<u8>>,
+    counts: Counts,
 }
 
-impl Assembler {
-    pub(super) fn new(sink: Arc<dyn ChunkSink>, progress: Arc<Progress>) -> Self {
+/// What was written.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) root: Vec<ChunkRef>,
+    pub(super) skipped_list: Vec<ChunkRef>,
+    pub(super) skipped: Vec<Skipped>,
+    pub(super) counts: Counts,
+}
+
+impl Assembly {
+    pub(super) fn new(context: Arc<Context>) -> Self {
         Self {
-            manifest: ManifestWriter::new(Arc::clone(&sink)),
-            sink,
-            progress,
-            waiting: VecDeque::new(),
-            bundles: [Bundle { number: 0, ..Bundle::default() }, Bundle { number: 1, ..Bundle::default() }],
+            writer: ManifestWriter::new(Arc::clone(&context.sink)),
+            context,
+            queue: VecDeque::new(),
+            open: [Bundle { number: 0, ..Bundle::default() }, Bundle { number: 1, ..Bundle::default() }],
             next_bundle: 2,
-            closed: std::collections::HashMap::new(),
-            counts: Counts::default(),
-            read_bytes: 0,
+            storing: VecDeque::new(),
+            stored: HashMap::new(),
+            lost: HashMap::new(),
             skipped: Vec::new(),
-            skipped_files: HashSet::new(),
+            counts: Counts::default(),
         }
     }
 
-    /// Notes bytes read from the source.
-    pub(super) fn add_read(&mut self, bytes: u64) {
-        self.read_bytes += bytes;
-    }
-
-    /// Leaves an entry out, by name.
-    pub(super) fn skip(&mut self, path: Vec<u8>, reason: SkipReason) {
-        tracing::debug!(path = %String::from_utf8_lossy(&path), %reason, "left out");
-        self.progress.add_skipped();
-        self.counts.skipped += 1;
-        self.skipped_files.insert(path.clone());
-        self.skipped.push(Skipped { path, reason });
-    }
-
-    /// Takes the next entry, in order.
-    pub(super) async fn push(&mut self, entry: Entry, data: Data) -> Result<(), BackupError> {
-        if let Kind::HardLink { to } = &entry.kind
-            && self.skipped_files.contains(to)
+    /// Takes the next outcome in path order.
+    pub(super) async fn push(&mut self, outcome: Outcome) -> Result<(), BackupError> {
+        if let Outcome::Done(entry) | Outcome::Small { entry, .. } = &outcome
+            && !self.lost.is_empty()
         {
-            self.skip(entry.path, SkipReason::LinkedToSkipped);
-            return Ok(());
+            // Listed for its attributes only.
+            self.lost.remove(&entry.path);
         }
-        match &entry.kind {
-            Kind::File { size, .. } => {
-                self.counts.files += 1;
-                self.counts.bytes += size;
-            }
-            Kind::HardLink { .. } => self.counts.files += 1,
-            Kind::Directory => self.counts.directories += 1,
-            _ => self.counts.others += 1,
-        }
-        self.progress.add_entry();
-        let bundle = match data {
-            Data::Placed => None,
-            Data::Small { bytes, changed } => Some(self.bundle(&bytes, usize::from(changed)).await?),
-        };
-        self.waiting.push_back(Waiting { entry, bundle });
-        if self.waiting.len() > MAX_WAITING {
-            self.close(0).await?;
-            self.close(1).await?;
+        match outcome {
+            Outcome::Done(entry) => self.push_done(entry).await?,
+            Outcome::Small { entry, bytes, changed } => self.bundle(entry, &bytes, changed).await?,
+            Outcome::Skipped(skipped) => self.skip(skipped),
         }
         self.drain().await
     }
 
-    async fn bundle(&mut self, bytes: &Bytes, which: usize) -> Result<(u64, u32, u32), BackupError> {
-        let bundle = &mut self.bundles[which];
-        // Both far below 2^32: a bundle is closed at 128 KiB, and a small file has less than 64 KiB.
-        let from = u32::try_from(bundle.bytes.len()).unwrap_or(u32::MAX);
-        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        bundle.bytes.extend_from_slice(bytes);
-        let place = (bundle.number, from, len);
-        if bundle.bytes.len() >= BUNDLE_BYTES {
-            self.close(which).await?;
+    fn skip(&mut self, skipped: Skipped) {
+        self.counts.skipped += 1;
+        self.context.progress.add_skipped();
+        self.lost.insert(skipped.path.clone(), None);
+        self.skipped.push(skipped);
+    }
+
+    async fn push_done(&mut self, mut entry: Entry) -> Result<(), BackupError> {
+        if let Kind::Link { to } = &mut entry.kind
+            && let Some(replaced) = self.lost.get(to.as_slice())
+        {
+            match replaced {
+                Some(other) => to.clone_from(other),
+                None => return self.read_instead(entry).await,
+            }
         }
-        Ok(place)
+        self.queue.push_back(Waiting { entry, bundled: None });
+        Ok(())
+    }
+
+    /// The first name of this file could not be read; perhaps it was removed. This name takes its part.
+    async fn read_instead(&mut self, mut entry: Entry) -> Result<(), BackupError> {
+        let Kind::Link { to } = entry.kind else { return Ok(()) };
+        let path = entry.path.clone();
+        entry.kind = Kind::Regular(Regular {
+            size: super::read::SMALL_BYTES,
+            sparse: false,
+            linked: true,
+            contents: Contents::Inline(Vec::new()),
+        });
+        let items = vec![Item::Entry(entry, Todo::Read { changed: true })];
+        for outcome in resolve(Arc::clone(&self.context), items).await? {
+            match outcome {
+                Outcome::Done(entry) => {
+                    self.lost.insert(to.clone(), Some(path.clone()));
+                    self.queue.push_back(Waiting { entry, bundled: None });
+                }
+                Outcome::Small { entry, bytes, changed } => {
+                    self.lost.insert(to.clone(), Some(path.clone()));
+                    self.bundle(entry, &bytes, changed).await?;
+                }
+                Outcome::Skipped(skipped) => self.skip(skipped),
+            }
+        }
+        Ok(())
+    }
+
+    async fn bundle(&mut self, entry: Entry, bytes: &[u8], changed: bool) -> Result<(), BackupError> {
+        let which = usize::from(changed);
+        let open = &mut self.open[which];
+        // Both are far below 4 GiB: bundles end at [`BUNDLE_MAX`].
+        let short = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
+        let place = (open.number, short(open.bytes.len()), short(bytes.len()));
+        open.bytes.extend_from_slice(bytes);
+        open.files += 1;
+        let size = open.bytes.len();
+        let may_end = || blake3::keyed_hash(self.context.sink.chunker_key(), &entry.path).as_bytes()[1] & CUT_MASK == 0;
+        let ends = size >= BUNDLE_MAX || size >= BUNDLE_MIN && may_end();
+        self.queue.push_back(Waiting { entry, bundled: Some(place) });
+        if ends { self.close(which).await } else { Ok(()) }
     }
 
     async fn close(&mut self, which: usize) -> Result<(), BackupError> {
-        let bundle = &mut self.bundles[which];
-        if bundle.bytes.is_empty() {
+        if self.open[which].files == 0 {
             return Ok(());
         }
-        let number = bundle.number;
-        let bytes = std::mem::take(&mut bundle.bytes).freeze();
-        bundle.number = self.next_bundle;
+        let next = Bundle { number: self.next_bundle, ..Bundle::default() };
         self.next_bundle += 1;
-        let put = self.sink.put(ChunkKind::Bundle, self.sink.chunk_id(&bytes), bytes).await?;
-        if put.new {
-            self.progress.add_stored(u64::from(put.chunk.len), u64::from(put.stored));
+        let Bundle { number, bytes, files } = std::mem::replace(&mut self.open[which], next);
+        let plain = Bytes::from(bytes);
+        let id = self.context.sink.chunk_id(&plain);
+        let put = self.context.store(ChunkKind::Bundle, id, plain).await?;
+        self.storing.push_back(Storing { number, files, put });
+        while self.storing.len() >= IN_FLIGHT {
+            self.settle().await?;
         }
-        self.closed.insert(number, put.chunk);
         Ok(())
     }
 
-    /// Passes on what need not wait any more.
+    async fn settle(&mut self) -> Result<(), BackupError> {
+        if let Some(Storing { number, files, put }) = self.storing.pop_front() {
+            let put = put.await.map_err(BackupError::Worker)??;
+            self.stored.insert(number, (put.chunk, files));
+        }
+        Ok(())
+    }
+
+    /// Writes the entries at the front that wait for nothing.
     async fn drain(&mut self) -> Result<(), BackupError> {
-        while let Some(first) = self.waiting.front() {
-            let chunk = match first.bundle {
-                None => None,
-                Some((number, ..)) => match self.closed.get(&number) {
-                    Some(chunk) => Some(*chunk),
-                    None => return Ok(()),
-                },
-            };
-            let Some(Waiting { mut entry, bundle }) = self.waiting.pop_front() else { return Ok(()) };
-            if let (Some(chunk), Some((_, from, len)), Kind::File { extents, .. }) = (chunk, bundle, &mut entry.kind) {
-                extents.push(Extent { offset: 0, chunk, from, len });
-            }
-            self.manifest.push(entry).await?;
+        while self.storing.front().is_some_and(|bundle| bundle.put.is_finished()) {
+            self.settle().await?;
         }
-        // Nothing waits, so no closed bundle is needed any more.
-        self.closed.clear();
+        if self.queue.len() > WINDOW {
+            self.close(0).await?;
+            self.close(1).await?;
+            while !self.storing.is_empty() {
+                self.settle().await?;
+            }
+        }
+        while let Some(Waiting { mut entry, bundled }) = self.queue.pop_front() {
+            if let Some((number, offset, len)) = bundled {
+                let Some((chunk, left)) = self.stored.get_mut(&number) else {
+                    self.queue.push_front(Waiting { entry, bundled });
+                    return Ok(());
+                };
+                if let Kind::Regular(file) = &mut entry.kind {
+                    file.contents = Contents::Inline(vec![Piece::Data { chunk: *chunk, offset, len }]);
+                }
+                *left -= 1;
+                if *left == 0 {
+                    self.stored.remove(&number);
+                }
+            }
+            self.count(&entry);
+            self.writer.push(entry).await?;
+        }
         Ok(())
     }
 
-    /// Writes what is left.
+    fn count(&mut self, entry: &Entry) {
+        match &entry.kind {
+            Kind::Regular(_) | Kind::Link { .. } => self.counts.files += 1,
+            Kind::Directory => {
+                self.counts.directories += 1;
+                self.context.progress.set_current(&entry.path);
+            }
+            _ => self.counts.others += 1,
+        }
+        if let Kind::Regular(file) = &entry.kind {
+            self.counts.bytes += file.size;
+        }
+        self.context.progress.add_entry();
+    }
+
+    /// Stores what is open, the root records and the list of skipped paths.
     pub(super) async fn finish(mut self) -> Result<Written, BackupError> {
         self.close(0).await?;
         self.close(1).await?;
-        self.drain().await?;
-        let root = self.manifest.finish().await?.root;
-        let mut skipped = Vec::new();
-        for part in self.skipped.chunks(SKIPPED_PER_RECORD) {
-            let bytes = Bytes::from(serde_json::to_vec(part).map_err(|error| BackupError::Worker(error.to_string()))?);
-            skipped.push(self.sink.put(ChunkKind::Record, self.sink.chunk_id(&bytes), bytes).await?.chunk);
+        while !self.storing.is_empty() {
+            self.settle().await?;
         }
-        Ok(Written {
-            content: Content::Tree { root, skipped },
-            counts: self.counts,
-            read_bytes: self.read_bytes,
-            skipped: self.skipped,
-        })
+        self.drain().await?;
+        let root = self.writer.finish().await?;
+        let skipped_list = write_skipped(&*self.context.sink, &self.skipped).await?;
+        Ok(Written { root, skipped_list, skipped: self.skipped, counts: self.counts })
     }
 }

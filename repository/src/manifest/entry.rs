@@ -1,159 +1,232 @@
-//! What is known of one file, directory or other entry.
+//! What a manifest says about one path.
+//!
+//! Plain data; paths are bytes relative to the root of the tree, which itself has the empty path.
 
-use crate::id::ChunkRef;
+use std::cmp::Ordering;
 
-/// One entry of a tree.
+use jiff::Timestamp;
+
+use crate::sink::ChunkRef;
+
+/// No path in a manifest is longer.
+pub const MAX_PATH_BYTES: usize = 32 << 10;
+
+/// One path of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Path from the root, without a leading slash; empty for the root itself. Any bytes but NUL.
+    /// Components separated by `/`, without a leading one; empty for the root.
     pub path: Vec<u8>,
+    /// Ownership, times, attributes.
+    pub meta: Meta,
     /// What it is.
     pub kind: Kind,
-    /// Owner, mode, times, attributes.
-    pub meta: Meta,
 }
 
-/// What an entry is.
+/// What lies at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// A regular file.
-    File {
-        /// Its length in bytes, holes included.
-        size: u64,
-        /// Where its data lies, in order; what no extent covers is a hole.
-        extents: Vec<Extent>,
-    },
+    Regular(Regular),
     /// A directory.
     Directory,
     /// A symbolic link.
     Symlink {
-        /// Where it points.
+        /// What it points to, as it is.
         target: Vec<u8>,
-    },
-    /// Another name of a file that comes earlier.
-    HardLink {
-        /// The path of that file.
-        to: Vec<u8>,
     },
     /// A character device.
     CharDevice {
-        /// Major and minor number, as the kernel packs them.
-        device: u64,
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
     },
     /// A block device.
     BlockDevice {
-        /// Major and minor number, as the kernel packs them.
-        device: u64,
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
     },
     /// A named pipe.
     Fifo,
     /// A socket.
     Socket,
+    /// Another name of a regular file that comes earlier.
+    Link {
+        /// The first path of the file.
+        to: Vec<u8>,
+    },
 }
 
-/// A piece of a file's data.
+/// A regular file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Regular {
+    /// Length in bytes.
+    pub size: u64,
+    /// Whether it took less room than its length: zeros need not be written when it is restored.
+    pub sparse: bool,
+    /// Whether later entries are links to it.
+    pub linked: bool,
+    /// Its bytes.
+    pub contents: Contents,
+}
+
+/// The bytes of a file: pieces from its start to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Contents {
+    /// All pieces.
+    Inline(Vec<Piece>),
+    /// The chunks that hold the lists of pieces.
+    Listed(Vec<ChunkRef>),
+}
+
+/// A run of bytes of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    /// Where it lies in the file.
-    pub offset: u64,
-    /// The chunk that holds it.
-    pub chunk: ChunkRef,
-    /// Where it begins in the chunk: not 0 in a bundle of small files.
-    pub from: u32,
-    /// Its length in bytes.
-    pub len: u32,
+pub enum Piece {
+    /// Zeros that take no room.
+    Hole {
+        /// Bytes.
+        len: u64,
+    },
+    /// A part of a chunk.
+    Data {
+        /// The chunk.
+        chunk: ChunkRef,
+        /// First byte in the chunk.
+        offset: u32,
+        /// Bytes.
+        len: u32,
+    },
 }
 
-/// Owner, mode, times, attributes.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+impl Piece {
+    /// A whole chunk.
+    pub fn whole(chunk: ChunkRef) -> Self {
+        Self::Data { chunk, offset: 0, len: chunk.len }
+    }
+
+    /// Bytes of the file.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Hole { len } => *len,
+            Self::Data { len, .. } => u64::from(*len),
+        }
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A point in time, as file systems keep it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time {
+    /// Seconds since 1970.
+    pub seconds: i64,
+    /// Nanoseconds after them, below 10⁹.
+    pub nanoseconds: u32,
+}
+
+/// An extended attribute.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Xattr {
+    /// Full name with its namespace.
+    pub name: Vec<u8>,
+    /// Value.
+    pub value: Vec<u8>,
+}
+
+/// Ownership, times, attributes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Meta {
-    /// Permission bits, with set-user-id, set-group-id and sticky.
+    /// Permission bits with set-id and sticky: 0 to 0o7777.
     pub mode: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Times.
-    pub times: Times,
-    /// Inode number: a part of the key by which a change is found.
+    /// Last change of the content.
+    pub mtime: Time,
+    /// Last change of the inode. With the inode, the size and `mtime` it is the key that shows a change.
+    pub ctime: Time,
+    /// Number of the inode; 0: unknown, or the file was changed too recently for its times to show another change.
     pub inode: u64,
-    /// Extended attributes, ACLs and capabilities among them, sorted by name.
+    /// Extended attributes, access control lists and capabilities among them, by name.
     pub xattrs: Vec<Xattr>,
 }
 
-/// Times of an entry: seconds since 1970 and nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Times {
-    /// When the content changed.
-    pub mtime: (i64, u32),
-    /// When anything changed; not restored, a part of the key by which a change is found.
-    ///
-    /// (0, 0) when the entry changed so shortly before it was read that the next backup must look again.
-    pub ctime: (i64, u32),
-}
-
-/// One extended attribute.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Xattr {
-    /// Its name with the name space.
-    pub name: Vec<u8>,
-    /// Its value.
-    pub value: Vec<u8>,
+impl Meta {
+    /// `mtime` for people.
+    pub fn mtime_text(&self) -> String {
+        i32::try_from(self.mtime.nanoseconds)
+            .ok()
+            .and_then(|nanoseconds| Timestamp::new(self.mtime.seconds, nanoseconds).ok())
+            .map_or_else(|| format!("@{}.{:09}", self.mtime.seconds, self.mtime.nanoseconds), |time| time.to_string())
+    }
 }
 
 impl Kind {
-    /// What it is, in a word.
+    /// A word for people and programs.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::File { .. } => "file",
-            Self::Directory => "directory",
+            Self::Regular(_) => "file",
+            Self::Directory => "dir",
             Self::Symlink { .. } => "symlink",
-            Self::HardLink { .. } => "hardlink",
-            Self::CharDevice { .. } => "chardev",
-            Self::BlockDevice { .. } => "blockdev",
+            Self::CharDevice { .. } => "char",
+            Self::BlockDevice { .. } => "block",
             Self::Fifo => "fifo",
             Self::Socket => "socket",
+            Self::Link { .. } => "link",
         }
     }
 }
 
 impl Entry {
-    /// Length in bytes of a regular file; else 0.
+    /// Length of a regular file; of a symbolic link the length of its target; else 0.
     pub fn size(&self) -> u64 {
-        if let Kind::File { size, .. } = self.kind { size } else { 0 }
+        match &self.kind {
+            Kind::Regular(regular) => regular.size,
+            Kind::Symlink { target } => target.len() as u64,
+            _ => 0,
+        }
     }
 
-    /// The last component of the path; empty for the root.
-    pub fn file_name(&self) -> &[u8] {
-        split_last(&self.path).1
+    /// The path of the directory that holds it, and its name there.
+    pub fn parent_and_name(&self) -> (&[u8], &[u8]) {
+        split_path(&self.path)
     }
 }
 
-/// The directory of a path and the last component.
-pub fn split_last(path: &[u8]) -> (&[u8], &[u8]) {
+/// Splits a path into the directory and the name in it.
+pub(crate) fn split_path(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(at) => (&path[..at], &path[at + 1..]),
         None => (&[], path),
     }
 }
 
-/// Whether a path is one that a walk can have found: no empty, `.` or `..` component, no NUL, not absolute.
-pub fn is_valid_path(path: &[u8]) -> bool {
-    path.is_empty()
-        || path
-            .split(|byte| *byte == b'/')
-            .all(|part| !part.is_empty() && part != b"." && part != b".." && part.len() <= 255 && !part.contains(&0))
+/// The order of a manifest: by component, so that all that is in a directory follows it directly.
+pub fn compare_paths(one: &[u8], other: &[u8]) -> Ordering {
+    // No name holds a zero byte, so a separator that counts as zero sorts before every other byte.
+    let rank = |byte: &u8| if *byte == b'/' { 0 } else { *byte };
+    one.iter().map(rank).cmp(other.iter().map(rank))
 }
 
-impl Meta {
-    /// The modification time as people read it, in UTC.
-    pub fn mtime_text(&self) -> String {
-        let (seconds, nanos) = self.times.mtime;
-        match jiff::Timestamp::new(seconds, i32::try_from(nanos).unwrap_or(0)) {
-            Ok(time) => format!("{time:.0}"),
-            Err(_) => format!("@{seconds}"),
-        }
-    }
+/// Whether `path` is `above` or lies below it.
+pub(crate) fn is_in(path: &[u8], above: &[u8]) -> bool {
+    above.is_empty() || path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+}
+
+/// Whether the path may be in a manifest: no empty component, no `.` or `..`, no zero byte, not too long.
+pub fn is_valid_path(path: &[u8]) -> bool {
+    path.len() <= MAX_PATH_BYTES && (path.is_empty() || path.split(|byte| *byte == b'/').all(is_valid_name))
+}
+
+/// Whether the name may be the name of an entry.
+pub(crate) fn is_valid_name(name: &[u8]) -> bool {
+    !matches!(name, b"" | b"." | b"..") && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
 }
 
 #[cfg(test)]
@@ -161,12 +234,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hostile_paths_are_known() {
-        for path in [&b"/etc"[..], b"..", b"a/../b", b"a//b", b"a/", b".", b"a/\0", &[b'x'; 256]] {
+    fn a_directory_is_contiguous() {
+        let mut paths = [&b"a.b"[..], b"a/b", b"a", b"", b"a/b/c", b"a/b.c", b"a-", b"a/\x01"];
+        paths.sort_by(|one, other| compare_paths(one, other));
+        assert_eq!(paths, [&b""[..], b"a", b"a/\x01", b"a/b", b"a/b/c", b"a/b.c", b"a-", b"a.b"]);
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_not_valid() {
+        for path in [&b"."[..], b"..", b"/", b"/a", b"a/", b"a//b", b"a/./b", b"a/../b", b"a\0", b"../a"] {
             assert!(!is_valid_path(path), "{path:?}");
         }
-        for path in [&b""[..], b"a", b"a/b", b"...", b"a\xff/\n", &[b'x'; 255]] {
+        for path in [&b""[..], b"a", b"...", b"a/..b/ c", b"\xff\xfe"] {
             assert!(is_valid_path(path), "{path:?}");
         }
+        assert!(!is_valid_path(&vec![b'a'; MAX_PATH_BYTES + 1]));
+    }
+
+    #[test]
+    fn times_before_1970_and_absurd_ones_have_a_text() {
+        let text = |seconds, nanoseconds| Meta { mtime: Time { seconds, nanoseconds }, ..Meta::default() }.mtime_text();
+        assert_eq!(text(0, 5), "1970-01-01T00:00:00.000000005Z");
+        assert_eq!(text(-1, 500_000_000), "1969-12-31T23:59:59.5Z");
+        assert_eq!(text(i64::MAX, 0), "@9223372036854775807.000000000");
     }
 }

@@ -1,355 +1,341 @@
-//! A page of entries, column by column: like values lie side by side and compress well.
+//! Pages: some hundred entries in path order, column by column.
 
-use std::collections::HashMap;
+use super::FormatError;
+use super::entry::{
+    Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path,
+};
+use super::fields::{Fields, VERSION, put_bytes, put_number, put_signed};
+use super::pieces::{ChunkTable, PieceReader, put_pieces, total_len};
 
-use super::columns::{Column, put_bytes, put_signed, put_varint};
-use super::entry::{Entry, Extent, Kind, Meta, Times, Xattr, is_valid_path};
-use super::{PageError, compare_paths};
-use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
-use crate::wire::{Fields, WireError};
+const MAGIC: [u8; 4] = *b"LBMP";
+/// No page is larger. Pages aim at 64 to 128 KiB; one entry with many attributes may need more.
+pub const MAX_PAGE_BYTES: usize = 8 << 20;
+/// Paths are front-coded: this bounds what a page can unfold to.
+const MAX_UNFOLDED_BYTES: usize = 16 << 20;
+const MAX_ENTRIES: usize = 1 << 16;
+const NANOSECONDS: u32 = 1_000_000_000;
 
-const MAGIC: &[u8; 8] = b"LBPAGE01";
-const COLUMNS: usize = 12;
-
-// Numbers of the columns.
-const NAMES: usize = 0;
-const KINDS: usize = 1;
-const MODES: usize = 2;
-const OWNERS: usize = 3;
-const MTIMES: usize = 4;
-const CTIMES: usize = 5;
-const INODES: usize = 6;
-const NUMBERS: usize = 7;
-const TEXTS: usize = 8;
-const XATTRS: usize = 9;
-const EXTENTS: usize = 10;
-const CHUNKS: usize = 11;
-
-/// Encodes entries that are sorted by path.
-pub fn encode_page(entries: &[Entry]) -> Vec<u8> {
-    let mut encoder = Encoder::default();
-    let mut previous = Entry { path: Vec::new(), kind: Kind::Directory, meta: Meta::default() };
-    for entry in entries {
-        encoder.push(entry, &previous);
-        previous.path.clone_from(&entry.path);
-        previous.meta = Meta { xattrs: Vec::new(), ..entry.meta.clone() };
-    }
-    encoder.finish(entries.len())
-}
+const REGULAR: u8 = 0;
+const DIRECTORY: u8 = 1;
+const SYMLINK: u8 = 2;
+const CHAR_DEVICE: u8 = 3;
+const BLOCK_DEVICE: u8 = 4;
+const FIFO: u8 = 5;
+const SOCKET: u8 = 6;
+const LINK: u8 = 7;
+const SPARSE: u8 = 0x10;
+const LINKED: u8 = 0x20;
+const LISTED: u8 = 0x40;
 
 #[derive(Default)]
-struct Encoder {
-    columns: [Vec<u8>; COLUMNS],
-    chunks: HashMap<ChunkRef, u64>,
-    sessions: HashMap<SessionId, u64>,
+struct Columns {
+    paths: Vec<u8>,
+    kinds: Vec<u8>,
+    modes: Vec<u8>,
+    owners: Vec<u8>,
+    mtimes: Vec<u8>,
+    changes: Vec<u8>,
+    xattrs: Vec<u8>,
+    details: Vec<u8>,
+    contents: Vec<u8>,
+    table: ChunkTable,
 }
 
-impl Encoder {
-    fn push(&mut self, entry: &Entry, previous: &Entry) {
-        let shared = entry.path.iter().zip(&previous.path).take_while(|(left, right)| left == right).count();
-        put_varint(&mut self.columns[NAMES], shared as u64);
-        put_bytes(&mut self.columns[NAMES], &entry.path[shared..]);
-        let meta = &entry.meta;
-        put_varint(&mut self.columns[MODES], u64::from(meta.mode));
-        put_varint(&mut self.columns[OWNERS], u64::from(meta.uid));
-        put_varint(&mut self.columns[OWNERS], u64::from(meta.gid));
-        let (mtime, ctime) = (meta.times.mtime, meta.times.ctime);
-        put_signed(&mut self.columns[MTIMES], mtime.0.wrapping_sub(previous.meta.times.mtime.0));
-        put_varint(&mut self.columns[MTIMES], u64::from(mtime.1));
-        put_signed(&mut self.columns[CTIMES], ctime.0.wrapping_sub(mtime.0));
-        put_varint(&mut self.columns[CTIMES], u64::from(ctime.1));
-        put_signed(&mut self.columns[INODES], meta.inode.wrapping_sub(previous.meta.inode).cast_signed());
-        put_varint(&mut self.columns[XATTRS], meta.xattrs.len() as u64);
-        for xattr in &meta.xattrs {
-            put_bytes(&mut self.columns[XATTRS], &xattr.name);
-            put_bytes(&mut self.columns[XATTRS], &xattr.value);
+fn put_time(out: &mut Vec<u8>, time: Time) {
+    put_signed(out, time.seconds);
+    put_number(out, u64::from(time.nanoseconds));
+}
+
+/// Bytes that both paths begin with.
+pub(super) fn shared_prefix(one: &[u8], other: &[u8]) -> usize {
+    one.iter().zip(other).take_while(|(a, b)| a == b).count()
+}
+
+impl Columns {
+    fn push(&mut self, entry: &Entry, before: &[u8]) {
+        let shared = shared_prefix(before, &entry.path);
+        put_number(&mut self.paths, shared as u64);
+        put_bytes(&mut self.paths, &entry.path[shared..]);
+        let Meta { mode, uid, gid, mtime, ctime, inode, xattrs } = &entry.meta;
+        put_number(&mut self.modes, u64::from(*mode));
+        put_number(&mut self.owners, u64::from(*uid));
+        put_number(&mut self.owners, u64::from(*gid));
+        put_time(&mut self.mtimes, *mtime);
+        put_time(&mut self.changes, *ctime);
+        put_number(&mut self.changes, *inode);
+        put_number(&mut self.xattrs, xattrs.len() as u64);
+        for Xattr { name, value } in xattrs {
+            put_bytes(&mut self.xattrs, name);
+            put_bytes(&mut self.xattrs, value);
         }
-        self.push_kind(&entry.kind);
+        let kind = self.push_kind(&entry.kind);
+        self.kinds.push(kind);
     }
 
-    fn push_kind(&mut self, kind: &Kind) {
-        let number = match kind {
-            Kind::File { .. } => 0,
-            Kind::Directory => 1,
-            Kind::Symlink { .. } => 2,
-            Kind::HardLink { .. } => 3,
-            Kind::CharDevice { .. } => 4,
-            Kind::BlockDevice { .. } => 5,
-            Kind::Fifo => 6,
-            Kind::Socket => 7,
+    fn push_kind(&mut self, kind: &Kind) -> u8 {
+        let mut device = |major: u32, minor: u32| {
+            put_number(&mut self.details, u64::from(major));
+            put_number(&mut self.details, u64::from(minor));
         };
-        self.columns[KINDS].push(number);
         match kind {
-            Kind::File { size, extents } => {
-                put_varint(&mut self.columns[NUMBERS], *size);
-                put_varint(&mut self.columns[EXTENTS], extents.len() as u64);
-                let mut end = 0u64;
-                for extent in extents {
-                    let chunk = self.chunk(&extent.chunk);
-                    let column = &mut self.columns[EXTENTS];
-                    put_varint(column, extent.offset.wrapping_sub(end));
-                    put_varint(column, chunk);
-                    put_varint(column, u64::from(extent.from));
-                    put_varint(column, u64::from(extent.len));
-                    end = extent.offset + u64::from(extent.len);
+            Kind::Directory => DIRECTORY,
+            Kind::Fifo => FIFO,
+            Kind::Socket => SOCKET,
+            Kind::CharDevice { major, minor } => {
+                device(*major, *minor);
+                CHAR_DEVICE
+            }
+            Kind::BlockDevice { major, minor } => {
+                device(*major, *minor);
+                BLOCK_DEVICE
+            }
+            Kind::Symlink { target } => {
+                put_bytes(&mut self.details, target);
+                SYMLINK
+            }
+            Kind::Link { to } => {
+                put_bytes(&mut self.details, to);
+                LINK
+            }
+            Kind::Regular(Regular { size, sparse, linked, contents }) => {
+                put_number(&mut self.details, *size);
+                let mut kind = REGULAR;
+                for (is_set, flag) in [(*sparse, SPARSE), (*linked, LINKED)] {
+                    kind |= if is_set { flag } else { 0 };
                 }
+                match contents {
+                    Contents::Inline(pieces) => {
+                        put_number(&mut self.contents, pieces.len() as u64);
+                        put_pieces(&mut self.contents, pieces, &mut self.table);
+                    }
+                    Contents::Listed(lists) => {
+                        kind |= LISTED;
+                        put_number(&mut self.contents, lists.len() as u64);
+                        let lists: Vec<_> = lists.iter().map(|list| Piece::whole(*list)).collect();
+                        put_pieces(&mut self.contents, &lists, &mut self.table);
+                    }
+                }
+                kind
             }
-            Kind::Symlink { target: text } | Kind::HardLink { to: text } => put_bytes(&mut self.columns[TEXTS], text),
-            Kind::CharDevice { device } | Kind::BlockDevice { device } => {
-                put_varint(&mut self.columns[NUMBERS], *device)
-            }
-            Kind::Directory | Kind::Fifo | Kind::Socket => {}
         }
-    }
-
-    /// The number of a chunk in this page's table.
-    fn chunk(&mut self, chunk: &ChunkRef) -> u64 {
-        if let Some(number) = self.chunks.get(chunk) {
-            return *number;
-        }
-        let number = self.chunks.len() as u64;
-        self.chunks.insert(*chunk, number);
-        put_chunk(&mut self.columns[CHUNKS], &mut self.sessions, chunk);
-        number
-    }
-
-    fn finish(self, entries: usize) -> Vec<u8> {
-        let mut page = MAGIC.to_vec();
-        page.extend_from_slice(&u32::try_from(entries).unwrap_or(u32::MAX).to_le_bytes());
-        for column in &self.columns {
-            page.extend_from_slice(&u32::try_from(column.len()).unwrap_or(u32::MAX).to_le_bytes());
-        }
-        for column in self.columns {
-            page.extend_from_slice(&column);
-        }
-        page
     }
 }
 
-/// A chunk reference; a session that was named before in the same column is a number.
-pub(super) fn put_chunk(column: &mut Vec<u8>, sessions: &mut HashMap<SessionId, u64>, chunk: &ChunkRef) {
-    column.extend_from_slice(&chunk.id.0);
-    put_varint(column, u64::from(chunk.len));
-    let session = chunk.place.pack.session;
-    let next = sessions.len() as u64;
-    if let Some(number) = sessions.get(&session) {
-        put_varint(column, *number);
-    } else {
-        sessions.insert(session, next);
-        put_varint(column, next);
-        column.extend_from_slice(&session.0);
+/// The page that holds these entries, which must be in path order.
+pub fn encode_page(entries: &[Entry]) -> Vec<u8> {
+    let mut columns = Columns::default();
+    let mut before: &[u8] = &[];
+    for entry in entries {
+        columns.push(entry, before);
+        before = &entry.path;
     }
-    put_varint(column, u64::from(chunk.place.pack.seq));
-    put_varint(column, u64::from(chunk.place.slot));
-}
-
-/// Reads what [`put_chunk`] wrote.
-pub(super) fn take_chunk(column: &mut Column<'_>, sessions: &mut Vec<SessionId>) -> Result<ChunkRef, WireError> {
-    let id = ChunkId(column.array()?);
-    let len = column.varint_u32()?;
-    let number = usize::try_from(column.varint()?).unwrap_or(usize::MAX);
-    if number == sessions.len() {
-        sessions.push(SessionId(column.array()?));
-    }
-    let session = *sessions.get(number).ok_or(WireError { what: "a chunk names an unknown session", at: 0 })?;
-    let seq = column.varint_u32()?;
-    let slot = u16::try_from(column.varint()?).map_err(|_| WireError { what: "a slot is too large", at: 0 })?;
-    Ok(ChunkRef { id, len, place: Place { pack: PackId { session, seq }, slot } })
-}
-
-/// Decodes a page. Whatever the bytes are: sorted valid paths, extents in order and within file and chunk, or an error.
-pub fn decode_page(bytes: &[u8]) -> Result<Vec<Entry>, PageError> {
-    let mut fields = Fields::new(bytes);
-    fields.expect(MAGIC, "no manifest page of a known version")?;
-    let count = fields.u32()? as usize;
-    let mut lengths = [0usize; COLUMNS];
-    for length in &mut lengths {
-        *length = fields.u32()? as usize;
-    }
-    let mut columns = Vec::with_capacity(COLUMNS);
-    for length in lengths {
-        columns.push(Column::new(fields.take(length)?));
-    }
-    fields.end()?;
-    if count > columns[KINDS].left() {
-        return Err(fields.error("more entries than kinds").into());
-    }
+    let Columns { paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents, table } = columns;
     let mut chunks = Vec::new();
-    let mut sessions = Vec::new();
-    while columns[CHUNKS].left() > 0 {
-        chunks.push(take_chunk(&mut columns[CHUNKS], &mut sessions)?);
+    table.encode(&mut chunks);
+    let mut out = Vec::new();
+    out.extend_from_slice(&MAGIC);
+    out.push(VERSION);
+    put_number(&mut out, entries.len() as u64);
+    for column in [chunks, paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents] {
+        put_bytes(&mut out, &column);
+    }
+    out
+}
+
+/// The entries of a page.
+///
+/// Their paths are valid and in order; what they refer to lies within chunks; pieces make up the size.
+pub fn decode_page(bytes: &[u8]) -> Result<Vec<Entry>, FormatError> {
+    let mut fields = Fields::of_record(bytes, MAGIC, MAX_PAGE_BYTES)?;
+    let count = fields.count(1)?;
+    if !(1..=MAX_ENTRIES).contains(&count) {
+        return Err(fields.error("a page has no or too many entries"));
+    }
+    let mut chunk_column = fields.column()?;
+    let chunks = ChunkTable::decode(&mut chunk_column)?;
+    chunk_column.end()?;
+    let mut columns = Reading {
+        paths: fields.column()?,
+        kinds: fields.column()?,
+        modes: fields.column()?,
+        owners: fields.column()?,
+        mtimes: fields.column()?,
+        changes: fields.column()?,
+        xattrs: fields.column()?,
+        details: fields.column()?,
+        contents: fields.column()?,
+        pieces: PieceReader::new(&chunks),
+        unfolded: 0,
+    };
+    fields.end()?;
+    // Each entry has its byte in the column of kinds.
+    if columns.kinds.left() != count {
+        return Err(columns.kinds.error("the count does not fit the entries"));
     }
     let mut entries: Vec<Entry> = Vec::with_capacity(count);
-    for number in 0..count {
-        let entry = take_entry(&mut columns, &chunks, entries.last(), number)?;
+    for _ in 0..count {
+        let before = entries.last().map(|entry| entry.path.as_slice());
+        let entry = columns.entry(before)?;
         entries.push(entry);
     }
-    for column in &columns {
-        column.end()?;
-    }
+    columns.end()?;
     Ok(entries)
 }
 
-fn take_entry(
-    columns: &mut [Column<'_>],
-    chunks: &[ChunkRef],
-    previous: Option<&Entry>,
-    number: usize,
-) -> Result<Entry, PageError> {
-    let refuse = |what| PageError::Entry { number, what };
-    let before = previous.map_or(&[][..], |entry| &entry.path);
-    let shared = usize::try_from(columns[NAMES].varint()?).unwrap_or(usize::MAX);
-    let mut path = before.get(..shared).ok_or(refuse("it shares more than there is"))?.to_vec();
-    path.extend_from_slice(columns[NAMES].bytes()?);
-    if !is_valid_path(&path) {
-        return Err(refuse("its path is not one that a walk finds"));
-    }
-    if previous.is_some() && compare_paths(before, &path).is_ge() {
-        return Err(refuse("it does not follow the one before"));
-    }
-    let mode = columns[MODES].varint_u32()?;
-    let (uid, gid) = (columns[OWNERS].varint_u32()?, columns[OWNERS].varint_u32()?);
-    let old = previous.map_or((Times::default(), 0), |entry| (entry.meta.times, entry.meta.inode));
-    let mtime = (old.0.mtime.0.wrapping_add(columns[MTIMES].signed()?), columns[MTIMES].varint_u32()?);
-    let ctime = (mtime.0.wrapping_add(columns[CTIMES].signed()?), columns[CTIMES].varint_u32()?);
-    if mtime.1 >= 1_000_000_000 || ctime.1 >= 1_000_000_000 || mode > 0o7777 {
-        return Err(refuse("its mode or times are impossible"));
-    }
-    let inode = old.1.wrapping_add(columns[INODES].signed()?.cast_unsigned());
-    let mut xattrs = Vec::new();
-    for _ in 0..columns[XATTRS].count()? {
-        xattrs.push(Xattr { name: columns[XATTRS].bytes()?.to_vec(), value: columns[XATTRS].bytes()?.to_vec() });
-    }
-    let kind = take_kind(columns, chunks, number)?;
-    Ok(Entry { path, kind, meta: Meta { mode, uid, gid, times: Times { mtime, ctime }, inode, xattrs } })
+struct Reading<'a> {
+    paths: Fields<'a>,
+    kinds: Fields<'a>,
+    modes: Fields<'a>,
+    owners: Fields<'a>,
+    mtimes: Fields<'a>,
+    changes: Fields<'a>,
+    xattrs: Fields<'a>,
+    details: Fields<'a>,
+    contents: Fields<'a>,
+    pieces: PieceReader<'a>,
+    unfolded: usize,
 }
 
-fn take_kind(columns: &mut [Column<'_>], chunks: &[ChunkRef], number: usize) -> Result<Kind, PageError> {
-    let refuse = |what| PageError::Entry { number, what };
-    Ok(match columns[KINDS].u8()? {
-        0 => {
-            let size = columns[NUMBERS].varint()?;
-            let mut extents = Vec::new();
-            let mut end = 0u64;
-            for _ in 0..columns[EXTENTS].count()? {
-                let column = &mut columns[EXTENTS];
-                let offset = end.checked_add(column.varint()?).ok_or(refuse("an extent is out of range"))?;
-                let chunk = usize::try_from(column.varint()?).ok().and_then(|number| chunks.get(number));
-                let chunk = *chunk.ok_or(refuse("an extent names an unknown chunk"))?;
-                let (from, len) = (column.varint_u32()?, column.varint_u32()?);
-                end = offset.checked_add(u64::from(len)).ok_or(refuse("an extent is out of range"))?;
-                if u64::from(from) + u64::from(len) > u64::from(chunk.len) || end > size || len == 0 {
-                    return Err(refuse("an extent is out of range"));
+impl Reading<'_> {
+    fn entry(&mut self, before: Option<&[u8]>) -> Result<Entry, FormatError> {
+        let path = read_path(&mut self.paths, before)?;
+        self.unfolded += path.len();
+        if self.unfolded > MAX_UNFOLDED_BYTES {
+            return Err(self.paths.error("the paths of a page are too long together"));
+        }
+        let mode = self.modes.number_u32()?;
+        if mode > 0o7777 {
+            return Err(self.modes.error("a mode has other bits than permissions"));
+        }
+        let (uid, gid) = (self.owners.number_u32()?, self.owners.number_u32()?);
+        // The kernel takes this number for "leave it as it is".
+        if uid == u32::MAX || gid == u32::MAX {
+            return Err(self.owners.error("an owner is not a number of a user"));
+        }
+        let mtime = read_time(&mut self.mtimes)?;
+        let ctime = read_time(&mut self.changes)?;
+        let inode = self.changes.number()?;
+        let xattrs = self.xattrs()?;
+        let kind = self.kind(&path)?;
+        Ok(Entry { path, meta: Meta { mode, uid, gid, mtime, ctime, inode, xattrs }, kind })
+    }
+
+    fn xattrs(&mut self) -> Result<Vec<Xattr>, FormatError> {
+        let count = self.xattrs.count(2)?;
+        let mut xattrs = Vec::new();
+        for _ in 0..count {
+            let name = self.xattrs.bytes()?;
+            if name.is_empty() || name.len() > 255 || name.contains(&0) {
+                return Err(self.xattrs.error("a name of an attribute that cannot be"));
+            }
+            xattrs.push(Xattr { name: name.to_vec(), value: self.xattrs.bytes()?.to_vec() });
+        }
+        Ok(xattrs)
+    }
+
+    fn kind(&mut self, path: &[u8]) -> Result<Kind, FormatError> {
+        let byte = self.kinds.take(1)?[0];
+        if byte & 0x0f == REGULAR {
+            return self.regular(byte).map(Kind::Regular);
+        }
+        let details = &mut self.details;
+        let kind = match byte {
+            DIRECTORY => Kind::Directory,
+            FIFO => Kind::Fifo,
+            SOCKET => Kind::Socket,
+            CHAR_DEVICE => Kind::CharDevice { major: details.number_u32()?, minor: details.number_u32()? },
+            BLOCK_DEVICE => Kind::BlockDevice { major: details.number_u32()?, minor: details.number_u32()? },
+            SYMLINK => {
+                let target = details.bytes()?;
+                if target.is_empty() || target.len() > MAX_PATH_BYTES || target.contains(&0) {
+                    return Err(details.error("a symbolic link that cannot be"));
                 }
-                extents.push(Extent { offset, chunk, from, len });
+                Kind::Symlink { target: target.to_vec() }
             }
-            Kind::File { size, extents }
-        }
-        1 => Kind::Directory,
-        2 => Kind::Symlink { target: columns[TEXTS].bytes()?.to_vec() },
-        3 => {
-            let to = columns[TEXTS].bytes()?.to_vec();
-            if to.is_empty() || !is_valid_path(&to) {
-                return Err(refuse("it links to a path that is not one that a walk finds"));
+            LINK => {
+                let to = details.bytes()?;
+                if to.is_empty() || !is_valid_path(to) || compare_paths(to, path).is_ge() {
+                    return Err(details.error("a hard link to no earlier path"));
+                }
+                Kind::Link { to: to.to_vec() }
             }
-            Kind::HardLink { to }
+            _ => return Err(self.kinds.error("unknown kind of entry")),
+        };
+        if path.is_empty() && kind != Kind::Directory {
+            return Err(self.kinds.error("the root is no directory"));
         }
-        4 => Kind::CharDevice { device: columns[NUMBERS].varint()? },
-        5 => Kind::BlockDevice { device: columns[NUMBERS].varint()? },
-        6 => Kind::Fifo,
-        7 => Kind::Socket,
-        _ => return Err(refuse("unknown kind")),
-    })
+        Ok(kind)
+    }
+
+    fn regular(&mut self, byte: u8) -> Result<Regular, FormatError> {
+        if byte & !(SPARSE | LINKED | LISTED) != REGULAR {
+            return Err(self.kinds.error("unknown flags of a file"));
+        }
+        let size = self.details.number()?;
+        // Offsets in files are signed in the kernel.
+        if i64::try_from(size).is_err() {
+            return Err(self.details.error("a file is too large"));
+        }
+        let count = self.contents.count(1)?;
+        let pieces = self.pieces.read(count, &mut self.contents)?;
+        let contents = if byte & LISTED == 0 {
+            if total_len(&pieces) != Some(size) {
+                return Err(self.contents.error("the pieces of a file do not make up its size"));
+            }
+            Contents::Inline(pieces)
+        } else {
+            let lists: Option<Vec<_>> = pieces
+                .iter()
+                .map(|piece| match piece {
+                    Piece::Data { chunk, offset: 0, len } if *len == chunk.len => Some(*chunk),
+                    _ => None,
+                })
+                .collect();
+            let lists = lists.filter(|lists| !lists.is_empty() && size > 0);
+            Contents::Listed(lists.ok_or_else(|| self.contents.error("a list of pieces that is no chunk"))?)
+        };
+        Ok(Regular { size, sparse: byte & SPARSE != 0, linked: byte & LINKED != 0, contents })
+    }
+
+    fn end(&self) -> Result<(), FormatError> {
+        let columns = [
+            &self.paths,
+            &self.kinds,
+            &self.modes,
+            &self.owners,
+            &self.mtimes,
+            &self.changes,
+            &self.xattrs,
+            &self.details,
+            &self.contents,
+        ];
+        columns.into_iter().try_for_each(Fields::end)?;
+        self.pieces.end(&self.contents)
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn chunk(seed: u8, len: u32) -> ChunkRef {
-        let pack = PackId { session: SessionId([seed % 3; 16]), seq: u32::from(seed) };
-        ChunkRef { id: ChunkId([seed; 32]), len, place: Place { pack, slot: u16::from(seed) } }
+/// The next front-coded path: after the one before, and valid.
+pub(super) fn read_path(fields: &mut Fields<'_>, before: Option<&[u8]>) -> Result<Vec<u8>, FormatError> {
+    let shared = usize::try_from(fields.number()?).unwrap_or(usize::MAX);
+    let shared = before.unwrap_or_default().get(..shared).ok_or_else(|| fields.error("a path shares too much"))?;
+    let rest = fields.bytes()?;
+    if shared.len() + rest.len() > MAX_PATH_BYTES {
+        return Err(fields.error("a path is too long"));
     }
-
-    fn kinds() -> impl Strategy<Value = Kind> {
-        let extents = proptest::collection::vec((0u64..5000, any::<u8>(), 0u32..50, 1u32..1000), 0..5);
-        prop_oneof![
-            (extents, 0u64..100).prop_map(|(parts, more)| {
-                let mut end = 0;
-                let extents: Vec<_> = parts
-                    .into_iter()
-                    .map(|(gap, seed, from, len)| {
-                        let offset = end + gap;
-                        end = offset + u64::from(len);
-                        Extent { offset, chunk: chunk(seed, from + len), from, len }
-                    })
-                    .collect();
-                Kind::File { size: end + more, extents }
-            }),
-            Just(Kind::Directory),
-            any::<Vec<u8>>().prop_map(|target| Kind::Symlink { target }),
-            Just(Kind::HardLink { to: b"a/b".to_vec() }),
-            any::<u64>().prop_map(|device| Kind::CharDevice { device }),
-            any::<u64>().prop_map(|device| Kind::BlockDevice { device }),
-            Just(Kind::Fifo),
-            Just(Kind::Socket),
-        ]
+    let path = [shared, rest].concat();
+    if !is_valid_path(&path) {
+        return Err(fields.error("a path that leads elsewhere"));
     }
-
-    fn entries() -> impl Strategy<Value = Vec<Entry>> {
-        let meta =
-            (0u32..0o10000, any::<u32>(), any::<u32>(), any::<i64>(), 0u32..1_000_000_000, any::<u64>(), any::<i64>())
-                .prop_map(|(mode, uid, gid, seconds, nanos, inode, changed)| Meta {
-                    mode,
-                    uid,
-                    gid,
-                    times: Times { mtime: (seconds, nanos), ctime: (changed, 999_999_999 - nanos) },
-                    inode,
-                    xattrs: vec![Xattr { name: b"user.x".to_vec(), value: nanos.to_le_bytes().to_vec() }],
-                });
-        let names = proptest::collection::btree_set("[a-c]{1,3}(/[a-c\u{ff}]{1,3}){0,3}", 0..40);
-        (names, proptest::collection::vec((kinds(), meta), 40)).prop_map(|(names, others)| {
-            let mut entries: Vec<_> = names
-                .into_iter()
-                .zip(others)
-                .map(|(path, (kind, meta))| Entry { path: path.into_bytes(), kind, meta })
-                .collect();
-            entries.sort_by(|l, r| compare_paths(&l.path, &r.path));
-            entries
-        })
+    if before.is_some_and(|before| compare_paths(before, &path).is_ge()) {
+        return Err(fields.error("paths are not in order"));
     }
+    Ok(path)
+}
 
-    proptest! {
-        #[test]
-        fn pages_round_trip(entries in entries()) {
-            prop_assert_eq!(decode_page(&encode_page(&entries)).unwrap(), entries);
-        }
-
-        #[test]
-        fn changed_pages_never_panic(entries in entries(), at: prop::sample::Index, bit in 0u8..8, cut: prop::sample::Index) {
-            let mut bytes = encode_page(&entries);
-            let place = at.index(bytes.len());
-            bytes[place] ^= 1 << bit;
-            let _ = decode_page(&bytes);
-            let _ = decode_page(&bytes[..cut.index(bytes.len())]);
-        }
+fn read_time(fields: &mut Fields<'_>) -> Result<Time, FormatError> {
+    let (seconds, nanoseconds) = (fields.signed()?, fields.number_u32()?);
+    if nanoseconds >= NANOSECONDS {
+        return Err(fields.error("a time has too many nanoseconds"));
     }
-
-    #[test]
-    fn hostile_paths_and_links_are_refused() {
-        let entry = |path: &[u8], kind| Entry { path: path.to_vec(), kind, meta: Meta::default() };
-        for bad in [
-            vec![entry(b"../etc/passwd", Kind::Fifo)],
-            vec![entry(b"/etc/passwd", Kind::Fifo)],
-            vec![entry(b"b", Kind::Fifo), entry(b"a", Kind::Fifo)],
-            vec![entry(b"a", Kind::Fifo), entry(b"a", Kind::Directory)],
-            vec![entry(b"a", Kind::HardLink { to: b"../../etc/shadow".to_vec() })],
-            vec![entry(b"a", Kind::HardLink { to: Vec::new() })],
-        ] {
-            assert!(decode_page(&encode_page(&bad)).is_err(), "{bad:?}");
-        }
-        let beyond = Extent { offset: 0, chunk: chunk(1, 10), from: 5, len: 6 };
-        assert!(decode_page(&encode_page(&[entry(b"a", Kind::File { size: 100, extents: vec![beyond] })])).is_err());
-    }
+    Ok(Time { seconds, nanoseconds })
 }

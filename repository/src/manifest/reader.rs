@@ -1,37 +1,38 @@
-//! Reads a manifest back, page by page.
+//! Reads a manifest: the list of pages first, then only the pages that are wanted.
 
-use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, stream};
 use thiserror::Error;
 
-use super::entry::Entry;
+use super::FormatError;
+use super::entry::{Contents, Entry, Kind, Piece, Regular, compare_paths};
 use super::page::decode_page;
-use super::root::{PageInfo, decode_root};
-use super::{PageError, compare_paths, is_within};
+use super::pieces::{decode_pieces, total_len};
+use super::root::{PageRef, decode_root};
 use crate::error::{Classified, ErrorClass};
-use crate::id::{ChunkId, ChunkRef};
+use crate::id::ChunkId;
 use crate::read::ReadError;
-use crate::sink::ChunkSource;
+use crate::sink::{ChunkRef, ChunkSource};
 
-/// Pages fetched ahead.
-const PAGES_AHEAD: usize = 8;
+/// Pages that are read ahead.
+const AHEAD: usize = 3;
 
 /// A manifest that cannot be read.
 #[derive(Debug, Clone, Error)]
 pub enum ManifestError {
     /// A chunk of it cannot be read.
-    #[error("a part of the file list cannot be read")]
+    #[error("a part of the manifest cannot be read")]
     Read(#[from] ReadError),
-    /// A page is not of the format.
-    #[error("the page {page} of the file list is damaged")]
-    Page {
-        /// The page's chunk.
-        page: ChunkId,
+    /// A chunk of it is no page, list or record.
+    #[error("the chunk {chunk} of the manifest is damaged")]
+    Damaged {
+        /// The chunk.
+        chunk: ChunkId,
         /// What does not fit.
-        source: PageError,
+        source: FormatError,
     },
 }
 
@@ -39,99 +40,149 @@ impl Classified for ManifestError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::Read(error) => error.class(),
-            Self::Page { .. } => ErrorClass::Damaged,
+            Self::Damaged { .. } => ErrorClass::Damaged,
         }
     }
 }
 
-/// The pages of a manifest.
-#[derive(Debug, Clone)]
-pub struct Pages {
-    pages: Vec<PageInfo>,
+/// A stored manifest, of which the list of pages is loaded.
+#[derive(Clone)]
+pub struct Manifest {
+    source: Arc<dyn ChunkSource>,
+    pages: Arc<Vec<PageRef>>,
 }
 
-impl Pages {
-    /// Reads the list of pages.
-    pub async fn read(source: &Arc<dyn ChunkSource>, root: &[ChunkRef]) -> Result<Self, ManifestError> {
-        let mut pages: Vec<PageInfo> = Vec::new();
+impl Manifest {
+    /// Loads the list of pages from the root records of a snapshot.
+    pub async fn open(source: Arc<dyn ChunkSource>, root: &[ChunkRef]) -> Result<Self, ManifestError> {
+        let mut pages: Vec<PageRef> = Vec::new();
         for chunk in root {
-            let bytes = source.get(chunk).await?;
-            let more = decode_root(&bytes).map_err(|source| ManifestError::Page { page: chunk.id, source })?;
-            let follows = match (pages.last(), more.first()) {
-                (Some(before), Some(first)) => compare_paths(&before.last, &first.first).is_lt(),
-                _ => true,
-            };
-            if !follows {
-                let source = PageError::Entry { number: 0, what: "the records of the page list are not in order" };
-                return Err(ManifestError::Page { page: chunk.id, source });
+            let plain = source.get(chunk).await?;
+            let damaged = |source| ManifestError::Damaged { chunk: chunk.id, source };
+            let more = decode_root(&plain).map_err(damaged)?;
+            if let (Some(last), Some(next)) = (pages.last(), more.first())
+                && compare_paths(&last.first, &next.first).is_ge()
+            {
+                return Err(damaged(FormatError { what: "root records are not in order", at: 0 }));
             }
             pages.extend(more);
         }
-        Ok(Self { pages })
+        Ok(Self { source, pages: Arc::new(pages) })
     }
 
-    /// The pages, in order.
-    pub fn list(&self) -> &[PageInfo] {
+    /// The pages, in path order.
+    pub fn pages(&self) -> &[PageRef] {
         &self.pages
     }
 
-    /// Only the pages that may hold something in or below a directory.
-    pub fn within(mut self, directory: &[u8]) -> Self {
-        self.pages.retain(|page| {
-            let ends_before = compare_paths(&page.last, directory).is_lt();
-            let begins_after = compare_paths(&page.first, directory).is_gt() && !is_within(&page.first, directory);
-            !ends_before && !begins_after
-        });
-        self
+    /// The pages that can hold the path and all that lies below it.
+    pub fn range_of(&self, path: &[u8]) -> Range<usize> {
+        let start = self.pages.partition_point(|page| compare_paths(&page.first, path).is_le()).saturating_sub(1);
+        // Everything below sorts before the path followed by the byte after the separator's rank.
+        let after = [path, &[1]].concat();
+        let end = if path.is_empty() {
+            self.pages.len()
+        } else {
+            self.pages.partition_point(|page| compare_paths(&page.first, &after).is_lt())
+        };
+        start..end.max(start)
     }
 
-    /// The entries, one page at a time, in order.
-    pub fn entries(self, source: Arc<dyn ChunkSource>) -> EntryPages {
-        let pages = futures::stream::iter(self.pages)
-            .map(move |page| {
-                let source = Arc::clone(&source);
-                async move {
-                    let bytes = source.get(&page.chunk).await?;
-                    decode_page(&bytes).map_err(|source| ManifestError::Page { page: page.chunk.id, source })
-                }
-            })
-            .buffered(PAGES_AHEAD);
-        EntryPages { pages: pages.boxed(), ready: VecDeque::new() }
-    }
-}
-
-/// A stream of entries.
-pub struct EntryPages {
-    pages: BoxStream<'static, Result<Vec<Entry>, ManifestError>>,
-    ready: VecDeque<Entry>,
-}
-
-impl EntryPages {
-    /// No entries.
-    pub fn empty() -> Self {
-        Self { pages: futures::stream::empty().boxed(), ready: VecDeque::new() }
-    }
-
-    /// The next entry.
-    pub async fn next(&mut self) -> Result<Option<Entry>, ManifestError> {
-        loop {
-            if let Some(entry) = self.ready.pop_front() {
-                return Ok(Some(entry));
-            }
-            match self.pages.next().await {
-                Some(page) => self.ready.extend(page?),
-                None => return Ok(None),
-            }
+    /// The entries of one page.
+    pub async fn page(&self, number: usize) -> Result<Vec<Entry>, ManifestError> {
+        let page = &self.pages[number];
+        let plain = self.source.get(&page.chunk).await?;
+        let damaged = |what| ManifestError::Damaged { chunk: page.chunk.id, source: FormatError { what, at: 0 } };
+        let entries = decode_page(&plain).map_err(|source| ManifestError::Damaged { chunk: page.chunk.id, source })?;
+        if entries.first().is_none_or(|entry| entry.path != page.first) || entries.len() as u64 != page.entries {
+            return Err(damaged("a page is not the one that the root record means"));
         }
-    }
-
-    /// The next entry without taking it.
-    pub async fn peek(&mut self) -> Result<Option<&Entry>, ManifestError> {
-        if self.ready.is_empty()
-            && let Some(entry) = self.next().await?
+        let next = self.pages.get(number + 1);
+        if let (Some(last), Some(next)) = (entries.last(), next)
+            && compare_paths(&last.path, &next.first).is_ge()
         {
-            self.ready.push_front(entry);
+            return Err(damaged("pages overlap"));
         }
-        Ok(self.ready.front())
+        Ok(entries)
     }
+
+    /// The entries of these pages, read ahead, in the order given.
+    pub fn read(&self, numbers: Vec<usize>) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
+        let this = self.clone();
+        stream::iter(numbers)
+            .map(move |number| {
+                let this = this.clone();
+                async move { this.page(number).await }
+            })
+            .buffered(AHEAD)
+            .boxed()
+    }
+
+    /// The entry at exactly this path.
+    pub async fn find(&self, path: &[u8]) -> Result<Option<Entry>, ManifestError> {
+        let number = self.range_of(path).start;
+        if number >= self.pages.len() {
+            return Ok(None);
+        }
+        let entries = self.page(number).await?;
+        Ok(entries.into_iter().find(|entry| entry.path == path))
+    }
+
+    /// The entry at this path; of a hard link the file that it names, with the link's path.
+    pub async fn find_file(&self, path: &[u8]) -> Result<Option<Entry>, ManifestError> {
+        match self.find(path).await? {
+            Some(Entry { kind: Kind::Link { to }, path, .. }) => {
+                Ok(self.find(&to).await?.map(|file| Entry { path, ..file }))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// The pieces of a file, list by list; together they make up its size, or the last item is an error.
+    pub fn pieces(&self, file: &Regular) -> BoxStream<'static, Result<Vec<Piece>, ManifestError>> {
+        pieces(Arc::clone(&self.source), file)
+    }
+}
+
+/// The pieces of a file, list by list, as [`Manifest::pieces`].
+pub(crate) fn pieces(
+    source: Arc<dyn ChunkSource>,
+    file: &Regular,
+) -> BoxStream<'static, Result<Vec<Piece>, ManifestError>> {
+    let lists = match &file.contents {
+        Contents::Inline(pieces) => return stream::iter([Ok(pieces.clone())]).boxed(),
+        Contents::Listed(lists) => lists.clone(),
+    };
+    let size = file.size;
+    let read = stream::iter(lists.into_iter().enumerate().collect::<Vec<_>>()).map(move |(number, list)| {
+        let source = Arc::clone(&source);
+        async move {
+            let pieces = decode_pieces(&source.get(&list).await?)
+                .map_err(|source| ManifestError::Damaged { chunk: list.id, source })?;
+            Ok((number, list.id, pieces))
+        }
+    });
+    let count = match &file.contents {
+        Contents::Listed(lists) => lists.len(),
+        Contents::Inline(_) => 0,
+    };
+    read.buffered(AHEAD)
+        .scan(0u64, move |sum, read: Result<(usize, ChunkId, Vec<Piece>), ManifestError>| {
+            let checked = read.and_then(|(number, chunk, pieces)| {
+                let total = total_len(&pieces).and_then(|len| sum.checked_add(len)).filter(|total| *total <= size);
+                let is_last = number + 1 == count;
+                match total {
+                    Some(total) if !is_last || total == size => {
+                        *sum = total;
+                        Ok(pieces)
+                    }
+                    _ => {
+                        let source = FormatError { what: "the pieces of a file do not make up its size", at: 0 };
+                        Err(ManifestError::Damaged { chunk, source })
+                    }
+                }
+            });
+            std::future::ready(Some(checked))
+        })
+        .boxed()
 }

@@ -1,95 +1,70 @@
-//! The list of pages of a manifest: one or more records, so that one file is found by reading few pages.
+//! Root records: which pages a manifest has, where each begins. A listing of one folder reads only its pages.
 
-use std::collections::HashMap;
+use super::FormatError;
+use super::fields::{Fields, VERSION, put_bytes, put_number};
+use super::page::{read_path, shared_prefix};
+use super::pieces::ChunkTable;
+use crate::sink::ChunkRef;
 
-use super::columns::{Column, put_bytes, put_varint};
-use super::page::{put_chunk, take_chunk};
-use super::{PageError, compare_paths};
-use crate::id::ChunkRef;
-use crate::wire::Fields;
+const MAGIC: [u8; 4] = *b"LBRL";
+/// No root record is larger.
+const MAX_ROOT_BYTES: usize = 4 << 20;
+const MAX_UNFOLDED_BYTES: usize = 64 << 20;
 
-const MAGIC: &[u8; 8] = b"LBROOT01";
-
-/// One page, as the list knows it.
+/// A page of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PageInfo {
+pub struct PageRef {
     /// The chunk that holds it.
     pub chunk: ChunkRef,
-    /// Its first path.
+    /// The path of its first entry.
     pub first: Vec<u8>,
-    /// Its last path.
-    pub last: Vec<u8>,
-    /// Its number of entries.
+    /// Number of its entries.
     pub entries: u64,
+    /// Bytes of the files in it.
+    pub bytes: u64,
 }
 
-/// Encodes a list of pages.
-pub(super) fn encode_root(pages: &[PageInfo]) -> Vec<u8> {
-    let mut bytes = MAGIC.to_vec();
-    let mut column = Vec::new();
-    let mut sessions = HashMap::new();
-    put_varint(&mut column, pages.len() as u64);
-    for page in pages {
-        put_chunk(&mut column, &mut sessions, &page.chunk);
-        put_bytes(&mut column, &page.first);
-        put_bytes(&mut column, &page.last);
-        put_varint(&mut column, page.entries);
-    }
-    bytes.append(&mut column);
-    bytes
-}
-
-/// Decodes a list of pages; they must be in order.
-pub fn decode_root(bytes: &[u8]) -> Result<Vec<PageInfo>, PageError> {
-    let mut fields = Fields::new(bytes);
-    fields.expect(MAGIC, "no page list of a known version")?;
-    let mut column = Column::new(fields.take(fields.left())?);
-    let mut sessions = Vec::new();
-    let mut pages: Vec<PageInfo> = Vec::new();
-    for number in 0..column.count()? {
-        let chunk = take_chunk(&mut column, &mut sessions)?;
-        let (first, last) = (column.bytes()?.to_vec(), column.bytes()?.to_vec());
-        let entries = column.varint()?;
-        let follows = pages.last().is_none_or(|before| compare_paths(&before.last, &first).is_lt());
-        if !follows || compare_paths(&first, &last).is_gt() {
-            return Err(PageError::Entry { number, what: "the pages are not in order" });
+/// The record that lists these pages.
+pub fn encode_root(pages: &[PageRef]) -> Vec<u8> {
+    let mut table = ChunkTable::default();
+    let mut list = Vec::new();
+    let mut before: &[u8] = &[];
+    for PageRef { chunk, first, entries, bytes } in pages {
+        let shared = shared_prefix(before, first);
+        put_number(&mut list, shared as u64);
+        put_bytes(&mut list, &first[shared..]);
+        for number in [*entries, *bytes, table.number(*chunk).0] {
+            put_number(&mut list, number);
         }
-        pages.push(PageInfo { chunk, first, last, entries });
+        before = first;
     }
-    column.end()?;
+    let mut out = Vec::new();
+    out.extend_from_slice(&MAGIC);
+    out.push(VERSION);
+    table.encode(&mut out);
+    put_number(&mut out, pages.len() as u64);
+    out.extend_from_slice(&list);
+    out
+}
+
+/// The pages of a record.
+pub fn decode_root(bytes: &[u8]) -> Result<Vec<PageRef>, FormatError> {
+    let mut fields = Fields::of_record(bytes, MAGIC, MAX_ROOT_BYTES)?;
+    let chunks = ChunkTable::decode(&mut fields)?;
+    let count = fields.count(5)?;
+    let mut pages: Vec<PageRef> = Vec::new();
+    let mut unfolded = 0;
+    for _ in 0..count {
+        let first = read_path(&mut fields, pages.last().map(|page| page.first.as_slice()))?;
+        unfolded += first.len();
+        if unfolded > MAX_UNFOLDED_BYTES {
+            return Err(fields.error("the paths of a record are too long together"));
+        }
+        let (entries, bytes) = (fields.number()?, fields.number()?);
+        let number = usize::try_from(fields.number()?).unwrap_or(usize::MAX);
+        let chunk = *chunks.get(number).ok_or_else(|| fields.error("a page names no chunk"))?;
+        pages.push(PageRef { chunk, first, entries, bytes });
+    }
+    fields.end()?;
     Ok(pages)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::id::{ChunkId, PackId, Place, SessionId};
-    use proptest::prelude::*;
-
-    fn page(number: u8) -> PageInfo {
-        let place = Place { pack: PackId { session: SessionId([number / 2; 16]), seq: 1 }, slot: 2 };
-        PageInfo {
-            chunk: ChunkRef { id: ChunkId([number; 32]), len: 100, place },
-            first: vec![b'a' + number, b'1'],
-            last: vec![b'a' + number, b'2'],
-            entries: u64::from(number),
-        }
-    }
-
-    #[test]
-    fn lists_round_trip_and_disorder_is_refused() {
-        let pages: Vec<_> = (0..5).map(page).collect();
-        assert_eq!(decode_root(&encode_root(&pages)).unwrap(), pages);
-        let wrong: Vec<_> = [1, 0].into_iter().map(page).collect();
-        assert!(decode_root(&encode_root(&wrong)).is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_read_or_refused(tail: Vec<u8>) {
-            let mut bytes = MAGIC.to_vec();
-            bytes.extend(tail);
-            let _ = decode_root(&bytes);
-        }
-    }
 }

@@ -1,86 +1,139 @@
-//! Cuts a stream of entries into pages and puts them.
+//! Writes a manifest: takes entries in path order, stores pages as they fill, and the root records at the end.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::task::JoinHandle;
 
-use super::entry::Entry;
+use super::entry::{Contents, Entry, Kind};
 use super::page::encode_page;
-use super::root::{PageInfo, encode_root};
-use crate::id::ChunkRef;
+use super::root::{PageRef, encode_root};
 use crate::session::SessionError;
-use crate::sink::{ChunkKind, ChunkSink};
+use crate::sink::{ChunkKind, ChunkRef, ChunkSink, Put};
 
-/// A page is not cut before it has about this many bytes.
-const MIN_PAGE_BYTES: usize = 64 << 10;
-/// A page is cut at the latest when it has about this many bytes.
-const MAX_PAGE_BYTES: usize = 128 << 10;
-/// One path in this many ends a page that is large enough; by the path alone, so that pages stay the same.
-const CUT_ONE_IN: u64 = 128;
-/// Pages in one record of the list.
-const PAGES_PER_ROOT: usize = 4096;
+/// A page ends at a path that fits [`CUT_MASK`] once it has this many bytes ...
+const PAGE_MIN: usize = 64 << 10;
+/// ... and at the latest before an entry that would take it over this.
+const PAGE_MAX: usize = 128 << 10;
+/// A page ends at the latest when its paths have this many bytes without front-coding.
+const UNFOLDED_MAX: usize = 4 << 20;
+/// One path in 128 may begin a page.
+const CUT_MASK: u8 = 127;
+/// Pages that are stored at the same time.
+const IN_FLIGHT: usize = 4;
+/// A root record ends after about this many bytes.
+const ROOT_BYTES: usize = 256 << 10;
 
-/// Writes a manifest.
-pub(crate) struct ManifestWriter {
+struct Storing {
+    first: Vec<u8>,
+    entries: u64,
+    bytes: u64,
+    put: JoinHandle<Result<Put, SessionError>>,
+}
+
+/// Takes the entries of a tree in path order.
+pub struct ManifestWriter {
     sink: Arc<dyn ChunkSink>,
-    entries: Vec<Entry>,
-    /// About the bytes that the entries take.
-    weight: usize,
-    pages: Vec<PageInfo>,
-}
-
-/// What came of writing.
-pub(crate) struct WrittenManifest {
-    /// The records that hold the list of pages.
-    pub(crate) root: Vec<ChunkRef>,
-}
-
-/// About the bytes that an entry takes in a page.
-fn weight(entry: &Entry) -> usize {
-    let extents = if let super::Kind::File { extents, .. } = &entry.kind { extents.len() } else { 0 };
-    let xattrs: usize = entry.meta.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len()).sum();
-    entry.file_name().len() + 32 + extents * 48 + xattrs
+    open: Vec<Entry>,
+    size: usize,
+    unfolded: usize,
+    storing: VecDeque<Storing>,
+    pages: Vec<PageRef>,
 }
 
 impl ManifestWriter {
-    pub(crate) fn new(sink: Arc<dyn ChunkSink>) -> Self {
-        Self { sink, entries: Vec::new(), weight: 0, pages: Vec::new() }
+    /// A manifest without entries.
+    pub fn new(sink: Arc<dyn ChunkSink>) -> Self {
+        Self { sink, open: Vec::new(), size: 0, unfolded: 0, storing: VecDeque::new(), pages: Vec::new() }
     }
 
-    fn ends_page(&self, path: &[u8]) -> bool {
-        let hash = blake3::keyed_hash(self.sink.chunker_key(), path);
-        let mut number = [0; 8];
-        number.copy_from_slice(&hash.as_bytes()[..8]);
-        u64::from_le_bytes(number) % CUT_ONE_IN == 0
-    }
-
-    /// Appends an entry; paths must come in order.
-    pub(crate) async fn push(&mut self, entry: Entry) -> Result<(), SessionError> {
-        self.weight += weight(&entry);
-        let full = self.weight >= MAX_PAGE_BYTES || (self.weight >= MIN_PAGE_BYTES && self.ends_page(&entry.path));
-        self.entries.push(entry);
-        if full { self.end_page().await } else { Ok(()) }
-    }
-
-    async fn end_page(&mut self) -> Result<(), SessionError> {
-        let (Some(first), Some(last)) = (self.entries.first(), self.entries.last()) else { return Ok(()) };
-        let (first, last) = (first.path.clone(), last.path.clone());
-        let bytes = Bytes::from(encode_page(&self.entries));
-        let put = self.sink.put(ChunkKind::Manifest, self.sink.chunk_id(&bytes), bytes).await?;
-        self.pages.push(PageInfo { chunk: put.chunk, first, last, entries: self.entries.len() as u64 });
-        self.entries.clear();
-        self.weight = 0;
+    /// Appends an entry; its path must come after all before.
+    pub async fn push(&mut self, entry: Entry) -> Result<(), SessionError> {
+        let before = self.open.last().map_or(&[][..], |before| &before.path);
+        let size = encoded_size(&entry, before);
+        let is_full = self.size >= PAGE_MIN && self.may_begin_page(&entry.path)
+            || self.size + size > PAGE_MAX
+            || self.unfolded + entry.path.len() > UNFOLDED_MAX;
+        if is_full && !self.open.is_empty() {
+            self.close().await?;
+        }
+        self.size += size;
+        self.unfolded += entry.path.len();
+        self.open.push(entry);
         Ok(())
     }
 
-    /// Writes what is left and the list of pages.
-    pub(crate) async fn finish(mut self) -> Result<WrittenManifest, SessionError> {
-        self.end_page().await?;
-        let mut root = Vec::new();
-        for pages in self.pages.chunks(PAGES_PER_ROOT) {
-            let bytes = Bytes::from(encode_root(pages));
-            root.push(self.sink.put(ChunkKind::Record, self.sink.chunk_id(&bytes), bytes).await?.chunk);
-        }
-        Ok(WrittenManifest { root })
+    fn may_begin_page(&self, path: &[u8]) -> bool {
+        blake3::keyed_hash(self.sink.chunker_key(), path).as_bytes()[0] & CUT_MASK == 0
     }
+
+    async fn close(&mut self) -> Result<(), SessionError> {
+        let entries = std::mem::take(&mut self.open);
+        (self.size, self.unfolded) = (0, 0);
+        let Some(first) = entries.first() else { return Ok(()) };
+        let plain = Bytes::from(encode_page(&entries));
+        let sink = Arc::clone(&self.sink);
+        self.storing.push_back(Storing {
+            first: first.path.clone(),
+            entries: entries.len() as u64,
+            bytes: entries.iter().map(|entry| if let Kind::Regular(file) = &entry.kind { file.size } else { 0 }).sum(),
+            put: tokio::spawn(async move { sink.put(ChunkKind::Manifest, sink.chunk_id(&plain), plain).await }),
+        });
+        while self.storing.len() >= IN_FLIGHT {
+            self.settle().await?;
+        }
+        Ok(())
+    }
+
+    async fn settle(&mut self) -> Result<(), SessionError> {
+        if let Some(Storing { first, entries, bytes, put }) = self.storing.pop_front() {
+            let put = put.await.unwrap_or_else(|error| Err(worker_ended(&error)))?;
+            self.pages.push(PageRef { chunk: put.chunk, first, entries, bytes });
+        }
+        Ok(())
+    }
+
+    /// Stores what is open and the root records, which it returns.
+    pub async fn finish(mut self) -> Result<Vec<ChunkRef>, SessionError> {
+        self.close().await?;
+        while !self.storing.is_empty() {
+            self.settle().await?;
+        }
+        let mut roots = Vec::new();
+        let mut rest = self.pages.as_slice();
+        while !rest.is_empty() {
+            let mut size = 0;
+            let count = rest.iter().take_while(|page| {
+                let fits = size < ROOT_BYTES;
+                size += page.first.len() + 64;
+                fits
+            });
+            let (record, left) = rest.split_at(count.count());
+            let plain = Bytes::from(encode_root(record));
+            roots.push(self.sink.put(ChunkKind::Record, self.sink.chunk_id(&plain), plain).await?.chunk);
+            rest = left;
+        }
+        Ok(roots)
+    }
+}
+
+pub(crate) fn worker_ended(error: &tokio::task::JoinError) -> SessionError {
+    SessionError::Worker { session: crate::id::SessionId([0; 16]), what: error.to_string() }
+}
+
+/// About the bytes that the entry takes in a page.
+fn encoded_size(entry: &Entry, before: &[u8]) -> usize {
+    let attributes: usize = entry.meta.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len() + 3).sum();
+    let kind = match &entry.kind {
+        Kind::Regular(file) => match &file.contents {
+            Contents::Inline(pieces) => pieces.len() * 45 + 4,
+            Contents::Listed(lists) => lists.len() * 45 + 4,
+        },
+        Kind::Symlink { target } => target.len() + 2,
+        Kind::Link { to } => to.len() + 2,
+        _ => 2,
+    };
+    let shared = super::page::shared_prefix(before, &entry.path);
+    entry.path.len() - shared + 32 + attributes + kind
 }

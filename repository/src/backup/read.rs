@@ -1,0 +1,529 @@
+//! Turns changed files into chunks, and takes over the chunks of files that did not change.
+//!
+//! Reading, cutting and hashing run on blocking threads; storing runs beside them, within a byte budget. A file is
+//! what it was when it was opened: bytes that come later are not read, bytes that go make it skipped.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use rustix::fs::{Advice, FileType, OFlags, SeekFrom, fadvise, fstat, seek};
+use rustix::io::{Errno, pread};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::BackupError;
+use super::compare::{Item, Todo, size_and_sparse};
+use crate::beneath::Beneath;
+use crate::chunk::Chunker;
+use crate::manifest::{self, Contents, Entry, Kind, Piece, PieceListWriter, Reason, Regular, Skipped};
+use crate::meta;
+use crate::progress::Progress;
+use crate::session::SessionError;
+use crate::sink::{ChunkId, ChunkKind, ChunkSink, ChunkSource, Put};
+
+/// Files below this share chunks.
+pub(super) const SMALL_BYTES: u64 = 64 << 10;
+/// Bytes asked of the kernel at once.
+const READ_BYTES: usize = 1 << 20;
+/// Bytes read ahead of storing, per file.
+const BATCH_BYTES: usize = 2 << 20;
+/// Large files that are read at once.
+const STREAMS: usize = 3;
+/// Bytes cut but not yet stored, all files together, in KiB.
+const MEMORY_KIB: usize = 24 << 10;
+/// Chunks of one file that are stored at once.
+const IN_FLIGHT: usize = 8;
+/// Shorter holes are read as zeros: their bookkeeping would cost more.
+const MIN_HOLE_BYTES: u64 = 64 << 10;
+/// File systems keep times in steps of up to 10 ms. A file that was changed so shortly before it was read could be
+/// changed again with the same times; it is read again by the next backup.
+const TIME_STEP_MS: i128 = 20;
+
+/// Is told the path of a file that is about to be opened.
+pub(super) type OnOpen = Box<dyn Fn(&[u8]) + Send + Sync>;
+/// Is told the path and the offset that is about to be read.
+pub(super) type OnRead = Box<dyn Fn(&[u8], u64) + Send + Sync>;
+
+/// Calls at the moments at which tests change the tree.
+#[derive(Default)]
+pub(super) struct Hooks {
+    pub(super) before_open: Option<OnOpen>,
+    pub(super) before_read: Option<OnRead>,
+}
+
+/// What all parts of a backup share.
+pub(super) struct Context {
+    pub(super) root: Option<Beneath>,
+    pub(super) sink: Arc<dyn ChunkSink>,
+    pub(super) source: Option<Arc<dyn ChunkSource>>,
+    pub(super) chunker: Arc<dyn Chunker>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) read_bytes: AtomicU64,
+    pub(super) stopped: AtomicBool,
+    pub(super) hooks: Hooks,
+    streams: Semaphore,
+    memory: Arc<Semaphore>,
+}
+
+/// What became of an item.
+pub(super) enum Outcome {
+    /// The entry is complete.
+    Done(Entry),
+    /// The bytes are to be bundled.
+    Small { entry: Entry, bytes: Bytes, changed: bool },
+    /// It is not in the snapshot.
+    Skipped(Skipped),
+}
+
+impl Context {
+    pub(super) fn new(
+        root: Option<Beneath>,
+        sink: Arc<dyn ChunkSink>,
+        source: Option<Arc<dyn ChunkSource>>,
+        chunker: Arc<dyn Chunker>,
+        progress: Arc<Progress>,
+        hooks: Hooks,
+    ) -> Self {
+        Self {
+            root,
+            sink,
+            source,
+            chunker,
+            progress,
+            read_bytes: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            hooks,
+            streams: Semaphore::new(STREAMS),
+            memory: Arc::new(Semaphore::new(MEMORY_KIB)),
+        }
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed) || self.progress.is_cancelled()
+    }
+
+    /// Takes over pieces of the parent; `false` if one of them is condemned.
+    pub(super) fn inherits(&self, pieces: &[Piece]) -> bool {
+        pieces.iter().all(|piece| match piece {
+            Piece::Hole { .. } => true,
+            Piece::Data { chunk, .. } => self.sink.inherit(chunk),
+        })
+    }
+
+    /// Begins to store a chunk as soon as the budget allows.
+    pub(super) async fn store(
+        &self,
+        kind: ChunkKind,
+        id: ChunkId,
+        plain: Bytes,
+    ) -> Result<JoinHandle<Result<Put, SessionError>>, BackupError> {
+        let kib = u32::try_from((plain.len() >> 10).clamp(1, MEMORY_KIB)).unwrap_or(1);
+        let permit = Arc::clone(&self.memory).acquire_many_owned(kib).await.map_err(|_| BackupError::Cancelled)?;
+        let sink = Arc::clone(&self.sink);
+        let progress = Arc::clone(&self.progress);
+        Ok(tokio::spawn(async move {
+            let len = plain.len() as u64;
+            let put = sink.put(kind, id, plain).await;
+            drop(permit);
+            if let Ok(Put { new: true, stored, .. }) = &put {
+                progress.add_stored(len, u64::from(*stored));
+            }
+            put
+        }))
+    }
+}
+
+/// Does what is left to do for some items.
+pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<Vec<Outcome>, BackupError> {
+    if context.is_stopped() {
+        return Err(BackupError::Cancelled);
+    }
+    if let [Item::Entry(entry, todo)] = group.as_slice()
+        && (*todo == Todo::Inherit || (*todo != Todo::Nothing && entry.size() >= SMALL_BYTES))
+    {
+        return Ok(vec![resolve_large(&context, entry.clone(), *todo).await?]);
+    }
+    let reading = Arc::clone(&context);
+    let small = spawn_blocking(move || group.into_iter().map(|item| read_small(&reading, item)).collect::<Vec<_>>());
+    let mut outcomes = Vec::new();
+    for read in small.await.map_err(BackupError::Worker)? {
+        outcomes.push(match read {
+            Ok(outcome) => outcome,
+            // It grew since the walk.
+            Err(entry) => resolve_large(&context, *entry, Todo::Read { changed: true }).await?,
+        });
+    }
+    Ok(outcomes)
+}
+
+async fn resolve_large(context: &Arc<Context>, entry: Entry, todo: Todo) -> Result<Outcome, BackupError> {
+    if todo == Todo::Inherit && inherit_lists(context, &entry).await? {
+        context.progress.add_bytes(entry.size());
+        return Ok(Outcome::Done(entry));
+    }
+    read_large(context, entry).await
+}
+
+/// Takes over the lists of a large file and all that they list.
+async fn inherit_lists(context: &Context, entry: &Entry) -> Result<bool, BackupError> {
+    let Kind::Regular(file) = &entry.kind else { return Ok(false) };
+    let (Contents::Listed(lists), Some(source)) = (&file.contents, &context.source) else { return Ok(false) };
+    if !lists.iter().all(|list| context.sink.inherit(list)) {
+        return Ok(false);
+    }
+    let mut pieces = manifest::pieces(Arc::clone(source), file);
+    while let Some(list) = pieces.next().await {
+        match list {
+            Ok(list) if context.inherits(&list) => {}
+            Ok(_) => return Ok(false),
+            Err(error) if super::parent::is_lost(&error) => return Ok(false),
+            Err(error) => return Err(BackupError::ReadParent(error)),
+        }
+    }
+    Ok(true)
+}
+
+fn reason(error: Errno) -> Reason {
+    match error {
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP => Reason::Vanished,
+        other => Reason::Unreadable { error: std::io::Error::from(other).to_string() },
+    }
+}
+
+fn reason_of(error: &std::io::Error) -> Reason {
+    match error.raw_os_error() {
+        Some(number) => reason(Errno::from_raw_os_error(number)),
+        None => Reason::Unreadable { error: error.to_string() },
+    }
+}
+
+/// Opens a file and brings its entry up to the state at this moment.
+fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reason> {
+    if let Some(hook) = &context.hooks.before_open {
+        hook(&entry.path);
+    }
+    let Some(root) = &context.root else { return Err(Reason::Vanished) };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    // Only the owner may leave the access time alone.
+    let file = root
+        .open_at(&entry.path, flags | OFlags::NOATIME)
+        .or_else(|error| match error.raw_os_error() {
+            Some(number) if number == Errno::PERM.raw_os_error() => root.open_at(&entry.path, flags),
+            _ => Err(error),
+        })
+        .map_err(|error| reason_of(&error))?;
+    let stat = fstat(&file).map_err(reason)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Reason::Vanished);
+    }
+    let found = meta::of_stat(&stat);
+    if (found.ctime, found.inode) != (entry.meta.ctime, entry.meta.inode) && entry.meta.inode != 0 {
+        let xattrs = meta::xattrs_of(&file).map_err(|error| reason_of(&error))?;
+        entry.meta = manifest::Meta { xattrs, ..found };
+    }
+    let changed_ms = i128::from(entry.meta.ctime.seconds) * 1000 + i128::from(entry.meta.ctime.nanoseconds / 1_000_000);
+    if (i128::from(crate::clock::now().as_millisecond()) - changed_ms).abs() < TIME_STEP_MS {
+        entry.meta.inode = 0;
+    }
+    if let Kind::Regular(regular) = &mut entry.kind {
+        (regular.size, regular.sparse) = size_and_sparse(&stat);
+        regular.contents = Contents::Inline(Vec::new());
+    }
+    Ok(file)
+}
+
+/// Reads until `buffer` is full.
+fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reason> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match pread(file, &mut buffer[done..], offset + done as u64) {
+            Ok(0) => return Err(Reason::Shrunk),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(reason(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Reads an item if it is small; gives it back if it is not (any more).
+fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
+    let (mut entry, changed) = match item {
+        Item::Skipped(skipped) => return Ok(Outcome::Skipped(skipped)),
+        Item::Entry(entry, Todo::Read { changed }) => (entry, changed),
+        Item::Entry(entry, _) => {
+            context.progress.add_bytes(entry.size());
+            return Ok(Outcome::Done(entry));
+        }
+    };
+    let read = open(context, &mut entry).and_then(|file| {
+        let size = entry.size();
+        if size >= SMALL_BYTES {
+            return Ok(None);
+        }
+        if let Some(hook) = &context.hooks.before_read {
+            hook(&entry.path, 0);
+        }
+        let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        read_full(&file, &mut bytes, 0)?;
+        Ok(Some(bytes))
+    });
+    match read {
+        Ok(Some(bytes)) => {
+            context.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            context.progress.add_bytes(bytes.len() as u64);
+            if bytes.is_empty() {
+                return Ok(Outcome::Done(entry));
+            }
+            Ok(Outcome::Small { entry, bytes: bytes.into(), changed })
+        }
+        Ok(None) => Err(Box::new(entry)),
+        Err(reason) => Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
+    }
+}
+
+/// A piece that is not stored yet.
+enum Cut {
+    Hole(u64),
+    Chunk(ChunkId, Bytes),
+}
+
+/// Reads one large file from its start to its end.
+struct LargeFile {
+    file: OwnedFd,
+    path: Vec<u8>,
+    size: u64,
+    sparse: bool,
+    /// Next byte to read.
+    at: u64,
+    /// End of the run of data that is being read.
+    data_end: u64,
+    buffer: ReadBuffer,
+}
+
+/// Bytes that were read and not cut yet. One allocation for the whole file: chunks are copied out of it, so that one
+/// that waits to be stored keeps no more memory than its own.
+struct ReadBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl ReadBuffer {
+    fn new(max_chunk: usize, size: u64) -> Self {
+        let capacity = usize::try_from(size).unwrap_or(usize::MAX).min(max_chunk + 2 * READ_BYTES);
+        Self { bytes: vec![0; capacity], start: 0, end: 0 }
+    }
+
+    fn filled(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    /// Room for more bytes, at most `wanted`. There is some while less than the largest chunk is filled.
+    fn room(&mut self, wanted: usize) -> &mut [u8] {
+        if self.bytes.len() - self.end < wanted {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let until = self.bytes.len().min(self.end + wanted);
+        &mut self.bytes[self.end..until]
+    }
+
+    fn take(&mut self, count: usize) -> Bytes {
+        let taken = Bytes::copy_from_slice(&self.filled()[..count]);
+        self.start += count;
+        taken
+    }
+}
+
+impl LargeFile {
+    /// The next pieces, about [`BATCH_BYTES`]; none at the end.
+    fn next(&mut self, context: &Context) -> Result<Vec<Cut>, Reason> {
+        let mut cuts = Vec::new();
+        let mut bytes = 0;
+        while bytes < BATCH_BYTES {
+            if self.buffer.filled().len() < context.chunker.max() && self.at < self.data_end {
+                self.fill(context)?;
+            } else if !self.buffer.filled().is_empty() {
+                let plain = self.buffer.take(context.chunker.cut(self.buffer.filled()));
+                bytes += plain.len();
+                cuts.push(Cut::Chunk(context.sink.chunk_id(&plain), plain));
+            } else if self.at < self.size {
+                if let Some(hole) = self.next_run() {
+                    cuts.push(Cut::Hole(hole));
+                    context.progress.add_bytes(hole);
+                }
+            } else {
+                break;
+            }
+        }
+        Ok(cuts)
+    }
+
+    fn fill(&mut self, context: &Context) -> Result<(), Reason> {
+        if let Some(hook) = &context.hooks.before_read {
+            hook(&self.path, self.at);
+        }
+        let count = usize::try_from(self.data_end - self.at).unwrap_or(READ_BYTES).min(READ_BYTES);
+        let room = self.buffer.room(count);
+        let count = room.len();
+        read_full(&self.file, room, self.at)?;
+        self.buffer.end += count;
+        self.at += count as u64;
+        context.read_bytes.fetch_add(count as u64, Ordering::Relaxed);
+        context.progress.add_bytes(count as u64);
+        Ok(())
+    }
+
+    /// Finds where data begins and ends; gives back the length of the hole before it.
+    fn next_run(&mut self) -> Option<u64> {
+        if !self.sparse {
+            self.data_end = self.size;
+            return None;
+        }
+        let start = match seek(&self.file, SeekFrom::Data(self.at)) {
+            Ok(start) => start.min(self.size),
+            // No data up to the end.
+            Err(Errno::NXIO) => self.size,
+            // A file system that does not know its holes.
+            Err(_) => self.at,
+        };
+        let hole = start - self.at;
+        if hole >= MIN_HOLE_BYTES {
+            self.at = start;
+            self.data_end = start;
+            return Some(hole);
+        }
+        // Holes that are too short for a piece of their own belong to the data around them.
+        let mut end = start;
+        while end < self.size {
+            end = match seek(&self.file, SeekFrom::Hole(end)) {
+                Ok(end) => end.min(self.size),
+                Err(_) => self.size,
+            };
+            let next = match seek(&self.file, SeekFrom::Data(end)) {
+                Ok(next) => next.min(self.size),
+                Err(Errno::NXIO) => self.size,
+                Err(_) => end,
+            };
+            if next - end >= MIN_HOLE_BYTES || next == end {
+                break;
+            }
+            end = next;
+        }
+        self.data_end = end.max(self.at + 1).min(self.size);
+        None
+    }
+}
+
+async fn read_large(context: &Arc<Context>, mut entry: Entry) -> Result<Outcome, BackupError> {
+    let _stream = context.streams.acquire().await.map_err(|_| BackupError::Cancelled)?;
+    context.progress.set_current(&entry.path);
+    let opening = Arc::clone(context);
+    let (opened, mut entry) = spawn_blocking(move || {
+        let opened = open(&opening, &mut entry);
+        (opened, entry)
+    })
+    .await
+    .map_err(BackupError::Worker)?;
+    let file = match opened {
+        Ok(file) => file,
+        Err(reason) => return Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
+    };
+    let Kind::Regular(Regular { size, sparse, .. }) = entry.kind else { return Ok(Outcome::Done(entry)) };
+    advise(&file, Advice::Sequential);
+    let (path, buffer) = (entry.path.clone(), ReadBuffer::new(context.chunker.max(), size));
+    let file = LargeFile { file, path, size, sparse, at: 0, data_end: 0, buffer };
+    match store_all(context, file).await? {
+        Ok(contents) => {
+            if let Kind::Regular(regular) = &mut entry.kind {
+                regular.contents = contents;
+            }
+            Ok(Outcome::Done(entry))
+        }
+        Err(reason) => Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
+    }
+}
+
+/// A hint; file systems that do not take it are as good.
+fn advise(file: &OwnedFd, advice: Advice) {
+    if let Err(error) = fadvise(file, 0, None, advice) {
+        tracing::trace!(%error, "no advice taken");
+    }
+}
+
+type Reading = JoinHandle<(LargeFile, Result<Vec<Cut>, Reason>)>;
+
+fn read_on(context: &Arc<Context>, mut file: LargeFile) -> Reading {
+    let context = Arc::clone(context);
+    spawn_blocking(move || {
+        let cuts = file.next(&context);
+        (file, cuts)
+    })
+}
+
+/// Reads the next pieces while those before are stored.
+async fn store_all(context: &Arc<Context>, file: LargeFile) -> Result<Result<Contents, Reason>, BackupError> {
+    let mut pieces = PieceListWriter::new(Arc::clone(&context.sink));
+    let mut storing: VecDeque<Storing> = VecDeque::new();
+    let mut reading = read_on(context, file);
+    loop {
+        let (file, cuts) = reading.await.map_err(BackupError::Worker)?;
+        if context.is_stopped() {
+            return Err(BackupError::Cancelled);
+        }
+        let cuts = match cuts {
+            Ok(cuts) if cuts.is_empty() => {
+                advise(&file.file, Advice::DontNeed);
+                break;
+            }
+            Ok(cuts) => cuts,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        reading = read_on(context, file);
+        for cut in cuts {
+            storing.push_back(match cut {
+                Cut::Hole(len) => Storing::Done(Piece::Hole { len }),
+                Cut::Chunk(id, plain) => Storing::Put(context.store(ChunkKind::Data, id, plain).await?),
+            });
+            while storing.len() >= IN_FLIGHT
+                && let Some(oldest) = storing.pop_front()
+            {
+                pieces.push(oldest.settle().await?).await?;
+            }
+        }
+    }
+    for stored in storing {
+        pieces.push(stored.settle().await?).await?;
+    }
+    Ok(Ok(pieces.finish().await?))
+}
+
+enum Storing {
+    Done(Piece),
+    Put(JoinHandle<Result<Put, SessionError>>),
+}
+
+impl Storing {
+    async fn settle(self) -> Result<Piece, BackupError> {
+        match self {
+            Self::Done(piece) => Ok(piece),
+            Self::Put(put) => Ok(Piece::whole(put.await.map_err(BackupError::Worker)??.chunk)),
+        }
+    }
+}
+
+/// Stores bytes from memory as a file's content.
+pub(super) async fn store_bytes(context: &Arc<Context>, mut bytes: Bytes) -> Result<Contents, BackupError> {
+    let mut pieces = PieceListWriter::new(Arc::clone(&context.sink));
+    while !bytes.is_empty() {
+        let plain = bytes.split_to(context.chunker.cut(&bytes));
+        let put = context.store(ChunkKind::Data, context.sink.chunk_id(&plain), plain).await?;
+        pieces.push(Storing::Put(put).settle().await?).await?;
+    }
+    Ok(pieces.finish().await?)
+}
