@@ -1,5 +1,7 @@
 //! How a task ended, in the words of its status.
 
+use std::fmt::Write as _;
+
 use lifeboat_crds::backup::{SkippedFile, Transfer};
 use lifeboat_crds::conditions::Reason;
 use lifeboat_crds::volume_task::TaskResult;
@@ -60,21 +62,23 @@ pub(crate) fn shown_path(path: &[u8]) -> String {
     for chunk in path.utf8_chunks() {
         for character in chunk.valid().chars() {
             if character.is_control() || character == '\\' {
-                let mut bytes = [0; 4];
-                for byte in character.encode_utf8(&mut bytes).bytes() {
-                    shown.push_str(&format!("\\x{byte:02x}"));
-                }
+                escape(&mut shown, character.to_string().as_bytes());
             } else {
                 shown.push(character);
             }
         }
-        for byte in chunk.invalid() {
-            shown.push_str(&format!("\\x{byte:02x}"));
-        }
+        escape(&mut shown, chunk.invalid());
     }
     match shown.char_indices().nth(MAX_PATH_CHARS) {
         Some((at, _)) => format!("{}…", &shown[..at]),
         None => shown,
+    }
+}
+
+fn escape(shown: &mut String, bytes: &[u8]) {
+    for byte in bytes {
+        // Writing into a String cannot fail.
+        let _ = write!(shown, "\\x{byte:02x}");
     }
 }
 

@@ -68,7 +68,7 @@ fn begin_or_stop(
         // The semaphore is never closed.
         let _place = room.acquire().await;
         if !progress.is_cancelled() {
-            worker.run(task, progress).await;
+            Box::pin(worker.run(task, progress)).await;
         }
         uid
     });

@@ -27,7 +27,7 @@ pub(crate) struct Arguments {
 /// Where the repository is and how it is opened.
 #[derive(Args, Debug)]
 pub(crate) struct Global {
-    /// The repository: a folder, or s3://BUCKET/FOLDER?endpoint=URL&region=REGION
+    /// The repository: a folder, or `s3://BUCKET/FOLDER?endpoint=URL&region=REGION`
     #[arg(short, long, env = "LIFEBOAT_REPOSITORY", global = true, value_name = "LOCATION")]
     pub(crate) repository: Option<String>,
     /// The password, from the environment only, so that it shows in no list of processes

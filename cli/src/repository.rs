@@ -55,6 +55,6 @@ fn password_from(file: &Path) -> Result<Secret> {
 pub(crate) async fn open(global: &Global) -> Result<Repository> {
     let store = store(global)?;
     let secret = secret(global)?;
-    let options = OpenOptions { cache_dir: global.cache_dir.clone(), ..OpenOptions::default() };
+    let options = OpenOptions { cache_dir: global.cache_dir.clone() };
     Ok(Repository::open(store, &secret, options).await?)
 }

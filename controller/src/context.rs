@@ -41,6 +41,7 @@ pub(crate) struct ReconcileError(#[from] pub(crate) anyhow::Error);
 const ERROR_PAUSE: Duration = Duration::from_secs(5);
 
 /// The error policy of all control loops.
+#[allow(clippy::needless_pass_by_value)] // the runtime gives it like this
 pub(crate) fn on_error<K: Resource<DynamicType = ()>>(
     object: Arc<K>,
     error: &ReconcileError,

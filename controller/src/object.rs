@@ -115,9 +115,9 @@ pub(crate) fn captured_form(mut object: Value) -> Value {
         map.remove("status");
     }
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
-        SERVER_METADATA.iter().for_each(|field| {
+        for field in SERVER_METADATA {
             metadata.remove(*field);
-        });
+        }
         if let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) {
             annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
         }
@@ -125,7 +125,7 @@ pub(crate) fn captured_form(mut object: Value) -> Value {
     object
 }
 
-/// Labels and annotations by which GitOps tools know what they manage: brought back, the tools would prune the object.
+/// Labels and annotations by which `GitOps` tools know what they manage: brought back, the tools would prune the object.
 fn is_gitops_mark(key: &str) -> bool {
     key == "argocd.argoproj.io/instance"
         || key == "argocd.argoproj.io/tracking-id"

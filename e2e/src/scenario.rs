@@ -30,7 +30,7 @@ pub const INSTALLED_IN: &str = "lifeboat-system";
 pub const PASSWORD: &str = "a passphrase for tests";
 
 /// How long a scenario waits for a condition before it fails.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_mins(3);
 
 /// The small image that scenarios run: busybox.
 pub const BUSYBOX: &str = "docker.io/lifeboat-e2e/busybox:1";
@@ -57,7 +57,7 @@ where
     runtime.block_on(async {
         let scenario = Scenario::begin(name).await.expect("set the scenario up");
         match body(scenario.clone()).await {
-            Ok(()) => scenario.end().await.expect("clean the scenario up"),
+            Ok(()) => scenario.end().expect("clean the scenario up"),
             Err(error) => {
                 scenario.explain();
                 panic!("{name}: {error:?}");
@@ -70,27 +70,34 @@ impl Scenario {
     async fn begin(name: &str) -> Result<Self> {
         // The provider may be installed already by a scenario in the same process.
         let _already = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let client = Client::try_default().await.context("KUBECONFIG must name the test cluster; run through `make e2e`")?;
+        let client =
+            Client::try_default().await.context("KUBECONFIG must name the test cluster; run through `make e2e`")?;
         let namespace = format!("e2e-{name}");
         let scenario = Self { client, namespace };
-        scenario.remove_leftovers().await?;
-        let object = Namespace { metadata: kube::core::ObjectMeta { name: Some(scenario.namespace.clone()), ..Default::default() }, ..Default::default() };
-        Api::<Namespace>::all(scenario.client.clone()).create(&PostParams::default(), &object).await.context("create the namespace")?;
+        scenario.remove_leftovers()?;
+        let object = Namespace {
+            metadata: kube::core::ObjectMeta { name: Some(scenario.namespace.clone()), ..Default::default() },
+            ..Default::default()
+        };
+        Api::<Namespace>::all(scenario.client.clone())
+            .create(&PostParams::default(), &object)
+            .await
+            .context("create the namespace")?;
         launcher(&["s3", "bucket", &scenario.namespace])?;
         scenario.apply(&scenario.repository_manifest())?;
         scenario.repository_ready(&scenario.namespace).await?;
         Ok(scenario)
     }
 
-    async fn remove_leftovers(&self) -> Result<()> {
+    fn remove_leftovers(&self) -> Result<()> {
         self.kubectl_cluster(&["delete", "clusterrepository", &self.namespace, "--ignore-not-found"])?;
         self.kubectl_cluster(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=120s"])?;
         launcher(&["s3", "remove-bucket", &self.namespace])?;
         Ok(())
     }
 
-    async fn end(&self) -> Result<()> {
-        self.remove_leftovers().await
+    fn end(&self) -> Result<()> {
+        self.remove_leftovers()
     }
 
     /// Secrets and `ClusterRepository` of this scenario: bucket and name are the namespace's, every namespace is allowed.
@@ -123,9 +130,11 @@ spec:
     /// Waits until a `ClusterRepository` is ready.
     pub async fn repository_ready(&self, name: &str) -> Result<()> {
         let api: Api<ClusterRepository> = Api::all(self.client.clone());
-        self.wait(&api, name, "Ready", |r| r.status.as_ref().is_some_and(|s| conditions::is_true(&s.conditions, ConditionType::Ready)))
-            .await
-            .map(|_| ())
+        self.wait(&api, name, "Ready", |r| {
+            r.status.as_ref().is_some_and(|s| conditions::is_true(&s.conditions, ConditionType::Ready))
+        })
+        .await
+        .map(|_| ())
     }
 
     /// Waits until a `ClusterRepository` is not ready for `reason`; returns the condition's message.
@@ -133,7 +142,10 @@ spec:
         let api: Api<ClusterRepository> = Api::all(self.client.clone());
         let found = self
             .wait(&api, name, reason, |r| {
-                r.status.as_ref().and_then(|s| conditions::get(&s.conditions, ConditionType::Ready)).is_some_and(|c| c.status == "False" && c.reason == reason)
+                r.status
+                    .as_ref()
+                    .and_then(|s| conditions::get(&s.conditions, ConditionType::Ready))
+                    .is_some_and(|c| c.status == "False" && c.reason == reason)
             })
             .await?;
         let status = found.status.context("status")?;
@@ -188,30 +200,45 @@ spec:
     pub async fn backup_succeeded(&self, name: &str) -> Result<Backup> {
         let backup = self.backup_finished(name).await?;
         let conditions = &backup.status.as_ref().context("status")?.conditions;
-        ensure!(conditions::is_true(conditions, ConditionType::Succeeded), "backup {name} did not succeed: {conditions:?}");
+        ensure!(
+            conditions::is_true(conditions, ConditionType::Succeeded),
+            "backup {name} did not succeed: {conditions:?}"
+        );
         Ok(backup)
     }
 
     /// Waits until a backup has failed for `reason`; returns it and the message.
     pub async fn backup_failed(&self, name: &str, reason: &str) -> Result<(Backup, String)> {
         let backup = self.backup_finished(name).await?;
-        let condition = conditions::get(&backup.status.as_ref().context("status")?.conditions, ConditionType::Succeeded).context("Succeeded")?.clone();
-        ensure!(condition.status == "False" && condition.reason == reason, "expected Succeeded=False for {reason}, found {condition:?}");
+        let condition =
+            conditions::get(&backup.status.as_ref().context("status")?.conditions, ConditionType::Succeeded)
+                .context("Succeeded")?
+                .clone();
+        ensure!(
+            condition.status == "False" && condition.reason == reason,
+            "expected Succeeded=False for {reason}, found {condition:?}"
+        );
         Ok((backup, condition.message))
     }
 
     /// Waits until a backup has ended.
     pub async fn backup_finished(&self, name: &str) -> Result<Backup> {
-        self.wait(&self.namespaced(), name, "the end of the backup", |b: &Backup| b.status.as_ref().is_some_and(|s| conditions::is_finished(&s.conditions)))
-            .await
+        self.wait(&self.namespaced(), name, "the end of the backup", |b: &Backup| {
+            b.status.as_ref().is_some_and(|s| conditions::is_finished(&s.conditions))
+        })
+        .await
     }
 
     /// Restores the newest recovery point of the namespace and waits until that has succeeded.
     pub async fn restore_newest(&self, name: &str) -> Result<Restore> {
-        self.start_restore(name, serde_json::json!({"source": {"repository": {"ref": {"name": self.namespace}}}})).await?;
+        self.start_restore(name, serde_json::json!({"source": {"repository": {"ref": {"name": self.namespace}}}}))
+            .await?;
         let restore = self.restore_finished(name).await?;
         let conditions = &restore.status.as_ref().context("status")?.conditions;
-        ensure!(conditions::is_true(conditions, ConditionType::Succeeded), "restore {name} did not succeed: {conditions:?}");
+        ensure!(
+            conditions::is_true(conditions, ConditionType::Succeeded),
+            "restore {name} did not succeed: {conditions:?}"
+        );
         Ok(restore)
     }
 
@@ -224,15 +251,23 @@ spec:
 
     /// Waits until a restore has ended.
     pub async fn restore_finished(&self, name: &str) -> Result<Restore> {
-        self.wait(&self.namespaced(), name, "the end of the restore", |r: &Restore| r.status.as_ref().is_some_and(|s| conditions::is_finished(&s.conditions)))
-            .await
+        self.wait(&self.namespaced(), name, "the end of the restore", |r: &Restore| {
+            r.status.as_ref().is_some_and(|s| conditions::is_finished(&s.conditions))
+        })
+        .await
     }
 
     /// Waits until a restore has failed for `reason`; returns the message.
     pub async fn restore_failed(&self, name: &str, reason: &str) -> Result<String> {
         let restore = self.restore_finished(name).await?;
-        let condition = conditions::get(&restore.status.as_ref().context("status")?.conditions, ConditionType::Succeeded).context("Succeeded")?.clone();
-        ensure!(condition.status == "False" && condition.reason == reason, "expected Succeeded=False for {reason}, found {condition:?}");
+        let condition =
+            conditions::get(&restore.status.as_ref().context("status")?.conditions, ConditionType::Succeeded)
+                .context("Succeeded")?
+                .clone();
+        ensure!(
+            condition.status == "False" && condition.reason == reason,
+            "expected Succeeded=False for {reason}, found {condition:?}"
+        );
         Ok(condition.message)
     }
 
@@ -277,21 +312,27 @@ spec:
     }
 
     /// A pod `NAME` that sleeps, with a claim `NAME-data` mounted at `/data`, and waits until it runs.
-    pub async fn sleeper(&self, name: &str) -> Result<()> {
+    pub fn sleeper(&self, name: &str) -> Result<()> {
         self.apply(&sleeper_manifest(name))?;
         self.kubectl(&["wait", "--for=condition=Ready", &format!("pod/{name}"), "--timeout=120s"]).map(|_| ())
     }
 
     /// Deletes the namespace, waits until it is gone, and makes it anew, empty.
-    pub async fn lose_namespace(&self) -> Result<()> {
+    pub fn lose_namespace(&self) -> Result<()> {
         self.kubectl_cluster(&["delete", "namespace", &self.namespace, "--timeout=150s"])?;
         self.kubectl_cluster(&["create", "namespace", &self.namespace]).map(|_| ())
     }
 
     /// The names of Lifeboat's own objects that speak of this namespace and should be gone when nothing runs.
     pub async fn leftovers(&self) -> Result<Vec<String>> {
-        let tasks = Api::<lifeboat_crds::VolumeTask>::namespaced(self.client.clone(), INSTALLED_IN).list(&Default::default()).await?;
-        let mut names: Vec<String> = tasks.iter().filter(|t| t.spec.volume.namespace == self.namespace).map(|t| format!("task {}", t.name_any())).collect();
+        let tasks = Api::<lifeboat_crds::VolumeTask>::namespaced(self.client.clone(), INSTALLED_IN)
+            .list(&kube::api::ListParams::default())
+            .await?;
+        let mut names: Vec<String> = tasks
+            .iter()
+            .filter(|t| t.spec.volume.namespace == self.namespace)
+            .map(|t| format!("task {}", t.name_any()))
+            .collect();
         let pods = self.kubectl(&["get", "pods", "-l", "app.kubernetes.io/managed-by=lifeboat", "-o", "name"])?;
         names.extend(pods.lines().map(str::to_owned));
         Ok(names)
@@ -310,7 +351,9 @@ spec:
         let show = |arguments: &[&str]| {
             println!("--- kubectl {}", arguments.join(" "));
             match Command::new("kubectl").args(arguments).output() {
-                Ok(output) => println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)),
+                Ok(output) => {
+                    println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+                }
                 Err(error) => println!("{error}"),
             }
         };
@@ -364,7 +407,12 @@ pub fn launcher(arguments: &[&str]) -> Result<String> {
 pub fn run(program: &str, arguments: &[&str], input: &str) -> Result<String> {
     let output = run_raw(program, arguments, input)?;
     if !output.status.success() {
-        return Err(anyhow!("{program} {}: {}: {}", arguments.join(" "), output.status, String::from_utf8_lossy(&output.stderr)));
+        return Err(anyhow!(
+            "{program} {}: {}: {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        ));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

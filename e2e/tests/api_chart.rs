@@ -50,7 +50,9 @@ fn everything_that_is_rendered_is_accepted() -> Result<()> {
     let nfs = r#"filesystemRepositories=[{"name":"nas","mountPath":"/repositories/nas","volume":{"nfs":{"server":"nas","path":"/x"}}}]"#;
     for values in [vec![], vec!["demoStore.enabled=true"], vec![nfs, "controller.replicas=2"]] {
         let rendered = render(&values)?;
-        server.kubectl(&["apply", "--server-side", "--dry-run=server", "-f", "-"], &rendered).with_context(|| format!("{values:?}"))?;
+        server
+            .kubectl(&["apply", "--server-side", "--dry-run=server", "-f", "-"], &rendered)
+            .with_context(|| format!("{values:?}"))?;
     }
     let monitored = render(&["serviceMonitor.enabled=true"])?;
     ensure!(monitored.contains("kind: ServiceMonitor"), "no ServiceMonitor");
@@ -60,10 +62,19 @@ fn everything_that_is_rendered_is_accepted() -> Result<()> {
 #[test]
 fn pods_are_as_restricted_as_they_can_be() -> Result<()> {
     let rendered = render(&[])?;
-    let pods: Vec<_> = rendered.split("\n---").filter(|document| document.contains("kind: Deployment") || document.contains("kind: DaemonSet")).collect();
+    let pods: Vec<_> = rendered
+        .split("\n---")
+        .filter(|document| document.contains("kind: Deployment") || document.contains("kind: DaemonSet"))
+        .collect();
     ensure!(pods.len() == 2, "{} workloads", pods.len());
     for pod in pods {
-        for wanted in ["allowPrivilegeEscalation: false", "readOnlyRootFilesystem: true", "drop: [ALL]", "seccompProfile: {type: RuntimeDefault}", "memory: "] {
+        for wanted in [
+            "allowPrivilegeEscalation: false",
+            "readOnlyRootFilesystem: true",
+            "drop: [ALL]",
+            "seccompProfile: {type: RuntimeDefault}",
+            "memory: ",
+        ] {
             ensure!(pod.contains(wanted), "{wanted} is missing in\n{pod}");
         }
         ensure!(!pod.contains("privileged: true") && !pod.contains("hostNetwork") && !pod.contains("hostPID"), "{pod}");

@@ -15,21 +15,46 @@ const TIERS: &str = "tiers: [{repository: {ref: {name: main}}}]";
 
 /// Kind, spec, and what the refusal must say.
 fn refused() -> Vec<(&'static str, String, &'static str)> {
-    let repository = |backend: &str, more: &str| format!("{{backend: {{{backend}}}, encryption: {{secretRef: {{name: k}}}}{more}}}");
+    let repository =
+        |backend: &str, more: &str| format!("{{backend: {{{backend}}}, encryption: {{secretRef: {{name: k}}}}{more}}}");
     let policy = |more: &str| format!("{{{TIERS}{more}}}");
     let quiesce = |step: &str, more: &str| policy(&format!(", quiesce: {{steps: [{step}]{more}}}"));
     let step = "{selector: {}, exec: {freeze: [a]}}";
     vec![
         ("ClusterRepository", repository("", ""), "exactly one of backend.s3 and backend.filesystem"),
-        ("ClusterRepository", repository(&format!("{S3}, filesystem: {{path: /x}}"), ""), "exactly one of backend.s3 and backend.filesystem"),
+        (
+            "ClusterRepository",
+            repository(&format!("{S3}, filesystem: {{path: /x}}"), ""),
+            "exactly one of backend.s3 and backend.filesystem",
+        ),
         ("ClusterRepository", repository("filesystem: {path: relative}", ""), "path must be absolute"),
         ("ClusterRepository", repository("filesystem: {path: /a/../b}", ""), "must not contain .."),
-        ("ClusterRepository", repository("s3: {bucket: Bad_Name, credentials: {secretRef: {name: c}}}", ""), "backend.s3.bucket"),
-        ("ClusterRepository", repository("s3: {bucket: backups, endpoint: 'ftp://x', credentials: {secretRef: {name: c}}}", ""), "must begin with https:// or http://"),
-        ("ClusterRepository", repository("s3: {bucket: backups, prefix: /x/, credentials: {secretRef: {name: c}}}", ""), "backend.s3.prefix"),
+        (
+            "ClusterRepository",
+            repository("s3: {bucket: Bad_Name, credentials: {secretRef: {name: c}}}", ""),
+            "backend.s3.bucket",
+        ),
+        (
+            "ClusterRepository",
+            repository("s3: {bucket: backups, endpoint: 'ftp://x', credentials: {secretRef: {name: c}}}", ""),
+            "must begin with https:// or http://",
+        ),
+        (
+            "ClusterRepository",
+            repository("s3: {bucket: backups, prefix: /x/, credentials: {secretRef: {name: c}}}", ""),
+            "backend.s3.prefix",
+        ),
         ("ClusterRepository", repository("s3: {bucket: backups}", ""), "credentials"),
-        ("ClusterRepository", repository(S3, ", allowedNamespaces: {from: Selector}"), "if and only if allowedNamespaces.from is Selector"),
-        ("ClusterRepository", repository(S3, ", allowedNamespaces: {from: All, selector: {}}"), "if and only if allowedNamespaces.from is Selector"),
+        (
+            "ClusterRepository",
+            repository(S3, ", allowedNamespaces: {from: Selector}"),
+            "if and only if allowedNamespaces.from is Selector",
+        ),
+        (
+            "ClusterRepository",
+            repository(S3, ", allowedNamespaces: {from: All, selector: {}}"),
+            "if and only if allowedNamespaces.from is Selector",
+        ),
         ("ClusterRepository", repository(S3, ", mode: WriteOnly"), "mode"),
         ("ClusterRepository", format!("{{backend: {{{S3}}}}}"), "encryption"),
         ("BackupPolicy", "{}".to_owned(), "tiers"),
@@ -40,7 +65,11 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("BackupPolicy", policy(", schedule: {cron: '0 3 * * *', jitter: soon}"), "schedule.jitter"),
         ("BackupPolicy", policy(", schedule: {cron: '0 3 * * *', startingDeadline: 5}"), "startingDeadline"),
         ("BackupPolicy", policy(", schedule: {cron: '0 3 * * *', concurrency: Allow}"), "concurrency"),
-        ("BackupPolicy", policy(", scope: {includeResources: [secrets], excludeResources: [secrets]}"), "in both includeResources and excludeResources"),
+        (
+            "BackupPolicy",
+            policy(", scope: {includeResources: [secrets], excludeResources: [secrets]}"),
+            "in both includeResources and excludeResources",
+        ),
         ("BackupPolicy", policy(", scope: {includeResources: []}"), "includeResources"),
         ("BackupPolicy", policy(", volumes: [{match: {}, method: Snapshot}]"), "method"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {}}", ""), "write exec.freeze, exec.thaw or both"),
@@ -54,8 +83,16 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("Backup", format!("{{policyRef: {{name: p}}, plan: {{{TIERS}}}}}"), "exactly one of policyRef and plan"),
         ("Backup", "{policyRef: {name: ''}}".to_owned(), "policyRef.name"),
         ("Restore", "{source: {}}".to_owned(), "exactly one of source.backupRef and source.repository"),
-        ("Restore", "{source: {backupRef: {name: b}, repository: {ref: {name: r}}}}".to_owned(), "exactly one of source.backupRef and source.repository"),
-        ("Restore", "{source: {repository: {ref: {name: r}, recoveryPoint: abcd, asOf: '2026-01-01T00:00:00Z'}}}".to_owned(), "at most one of recoveryPoint and asOf"),
+        (
+            "Restore",
+            "{source: {backupRef: {name: b}, repository: {ref: {name: r}}}}".to_owned(),
+            "exactly one of source.backupRef and source.repository",
+        ),
+        (
+            "Restore",
+            "{source: {repository: {ref: {name: r}, recoveryPoint: abcd, asOf: '2026-01-01T00:00:00Z'}}}".to_owned(),
+            "at most one of recoveryPoint and asOf",
+        ),
         ("Restore", "{source: {repository: {ref: {name: r}, recoveryPoint: XYZ}}}".to_owned(), "recoveryPoint"),
         ("Restore", "{source: {repository: {ref: {name: r}, asOf: yesterday}}}".to_owned(), "asOf"),
         ("Restore", "{source: {backupRef: {name: b}}, existing: {resources: Delete}}".to_owned(), "existing.resources"),
@@ -81,7 +118,14 @@ fn bad_manifests_are_refused_with_what_to_write() -> Result<()> {
 fn good_manifests_are_accepted_and_what_must_not_change_does_not() -> Result<()> {
     let server = ApiServer::start()?;
     let apply = |text: &str| server.kubectl(&["apply", "--server-side", "-f", "-"], text);
-    let repository = |bucket: &str| manifest("ClusterRepository", &format!("{{backend: {{s3: {{bucket: {bucket}, credentials: {{secretRef: {{name: c}}}}}}}}, encryption: {{secretRef: {{name: k}}}}}}"));
+    let repository = |bucket: &str| {
+        manifest(
+            "ClusterRepository",
+            &format!(
+                "{{backend: {{s3: {{bucket: {bucket}, credentials: {{secretRef: {{name: c}}}}}}}}, encryption: {{secretRef: {{name: k}}}}}}"
+            ),
+        )
+    };
     apply(&repository("backups"))?;
     let said = server.refusal(&repository("others"))?;
     ensure!(said.contains("backend cannot be changed"), "{said}");
@@ -100,7 +144,12 @@ fn good_manifests_are_accepted_and_what_must_not_change_does_not() -> Result<()>
 
 /// The YAML blocks of a document that begin with `apiVersion`.
 fn yaml_blocks(text: &str) -> Vec<&str> {
-    text.split("```yaml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block).filter(|block| block.contains("apiVersion")).collect()
+    text.split("```yaml\n")
+        .skip(1)
+        .filter_map(|rest| rest.split_once("```"))
+        .map(|(block, _)| block)
+        .filter(|block| block.contains("apiVersion"))
+        .collect()
 }
 
 #[test]
@@ -114,7 +163,13 @@ fn every_manifest_in_the_documents_and_examples_is_accepted() -> Result<()> {
         server.kubectl(&["create", "--dry-run=server", "-f", "-"], text).map(|_| ()).with_context(|| name.to_owned())
     };
     let mut blocks = 0;
-    let documents = ["README.md", "docs/api/clusterrepository.md", "docs/api/backuppolicy.md", "docs/api/backup.md", "docs/api/restore.md"];
+    let documents = [
+        "README.md",
+        "docs/api/clusterrepository.md",
+        "docs/api/backuppolicy.md",
+        "docs/api/backup.md",
+        "docs/api/restore.md",
+    ];
     for name in documents {
         let text = std::fs::read_to_string(root.join(name)).with_context(|| name.to_owned())?;
         let found = yaml_blocks(&text);

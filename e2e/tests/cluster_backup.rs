@@ -1,7 +1,7 @@
 //! Backups on a real cluster: what is captured, what is read again, what a selection covers.
 #![cfg(feature = "cluster")]
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, ensure};
 use lifeboat_crds::{Backup, BackupPolicy, backup::Phase};
 use lifeboat_e2e::scenario::{BUSYBOX, Scenario, scenario, sleeper_manifest};
 
@@ -38,14 +38,14 @@ fn phase(backup: &Backup) -> Option<Phase> {
 #[test]
 fn every_kind_of_file_survives_the_loss_of_the_namespace() {
     scenario("files", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", MAKE_TREE)?;
         s.apply("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings}\ndata: {colour: blue}\n")?;
         let before = s.shell("app", FINGERPRINT)?;
         ensure!(before.lines().count() > 15, "the fingerprint is not empty: {before}");
         let backup = s.back_up("all").await?;
         ensure!(phase(&backup) == Some(Phase::Succeeded), "{:?}", backup.status);
-        s.lose_namespace().await?;
+        s.lose_namespace()?;
         s.restore_newest("back").await?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
         let after = s.shell("app", FINGERPRINT)?;
@@ -63,7 +63,7 @@ fn every_kind_of_file_survives_the_loss_of_the_namespace() {
 #[test]
 fn a_second_backup_reads_only_what_changed() {
     scenario("incremental", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell(
             "app",
             "for i in 1 2 3 4; do dd if=/dev/urandom of=/data/big$i bs=1M count=10 2>/dev/null; done; sync",
@@ -96,7 +96,7 @@ fn a_selection_decides_which_objects_and_claims_are_covered() {
         let backup = s.backup_succeeded("some").await?;
         let claims: Vec<_> = backup.status.iter().flat_map(|s| &s.volumes).map(|v| v.claim.clone()).collect();
         ensure!(claims == ["wanted-data"], "{claims:?}");
-        s.lose_namespace().await?;
+        s.lose_namespace()?;
         s.restore_newest("back").await?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/wanted", "--timeout=120s"])?;
         let found = s.kubectl(&["get", "pods,configmaps,secrets,pvc", "-l", "app", "-o", "name"])?;
@@ -136,7 +136,7 @@ spec:
         nodes.sort();
         nodes.dedup();
         ensure!(volumes.len() == 3 && nodes.len() == 3, "{volumes:?}");
-        s.lose_namespace().await?;
+        s.lose_namespace()?;
         s.restore_newest("back").await?;
         s.kubectl(&["rollout", "status", "statefulset/web", "--timeout=150s"])?;
         for name in ["web-0", "web-1", "web-2"] {
@@ -180,7 +180,7 @@ spec:
 #[test]
 fn a_plain_machine_restores_the_clusters_backup() {
     scenario("without-cluster", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", "echo precious > /data/file; sync")?;
         let backup = s.back_up("all").await?;
         let snapshot = backup.status.as_ref().and_then(|s| s.volumes.first()?.snapshot.clone()).context("snapshot")?;

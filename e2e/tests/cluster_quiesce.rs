@@ -24,7 +24,7 @@ fn log(s: &Scenario) -> Result<Vec<String>> {
 #[test]
 fn steps_freeze_in_order_and_thaw_in_reverse() {
     scenario("quiesce-order", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", "echo data > /data/file")?;
         let steps: Vec<_> = ["one", "two"]
             .iter()
@@ -45,7 +45,7 @@ fn steps_freeze_in_order_and_thaw_in_reverse() {
 #[test]
 fn a_failing_step_thaws_what_was_frozen_and_fails_the_backup() {
     scenario("quiesce-fails", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         let steps = [
             step("echo freeze one >> /tmp/log", "echo thaw one >> /tmp/log"),
             step("echo broken hook >&2; exit 3", "echo thaw two >> /tmp/log"),
@@ -66,7 +66,7 @@ fn a_failing_step_thaws_what_was_frozen_and_fails_the_backup() {
 #[test]
 fn a_hanging_step_is_given_up_and_thawed() {
     scenario("quiesce-hangs", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         let mut hanging = step("echo freeze >> /tmp/log; sleep 1000", "echo thaw >> /tmp/log");
         hanging["exec"]["timeout"] = json!("2s");
         s.start_backup("b", plan_with(&s, &json!({"steps": [hanging]}))).await?;
@@ -79,7 +79,7 @@ fn a_hanging_step_is_given_up_and_thawed() {
 #[test]
 fn the_longest_freeze_is_kept_even_when_the_reading_takes_longer() {
     scenario("quiesce-deadline", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=800 2>/dev/null; sync")?;
         let quiesce = json!({"maxFreeze": "1s", "steps": [step("date +%s > /tmp/frozen", "date +%s > /tmp/thawed")]});
         s.start_backup("b", plan_with(&s, &quiesce)).await?;
@@ -94,7 +94,7 @@ fn the_longest_freeze_is_kept_even_when_the_reading_takes_longer() {
 #[test]
 fn a_controller_killed_while_the_application_is_frozen_thaws_it_when_it_is_back() {
     scenario("quiesce-killed", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=400 2>/dev/null; sync")?;
         s.start_backup(
             "b",
@@ -128,7 +128,7 @@ fn a_controller_killed_while_the_application_is_frozen_thaws_it_when_it_is_back(
 #[test]
 fn deleting_a_running_backup_thaws_and_leaves_nothing() {
     scenario("quiesce-deleted", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=400 2>/dev/null; sync")?;
         s.start_backup(
             "b",

@@ -16,7 +16,7 @@ fn colour(s: &Scenario) -> Result<String> {
 #[test]
 fn an_existing_claim_is_never_written_to() {
     scenario("claim-exists", async |s: Scenario| {
-        s.sleeper("app").await?;
+        s.sleeper("app")?;
         s.apply(SETTINGS)?;
         s.shell("app", "echo old > /data/file; sync")?;
         s.back_up("b").await?;
@@ -124,7 +124,7 @@ fn a_namespace_sees_only_its_own_recovery_points() {
         let result = async {
             let api: kube::Api<Restore> = kube::Api::namespaced(s.client.clone(), &other);
             let source = json!({"source": {"repository": {"ref": {"name": s.namespace}, "recoveryPoint": id}}});
-            api.create(&Default::default(), &Restore::new("r", serde_json::from_value(source)?)).await?;
+            api.create(&kube::api::PostParams::default(), &Restore::new("r", serde_json::from_value(source)?)).await?;
             let ended = s
                 .wait(&api, "r", "the end", |r: &Restore| {
                     r.status.as_ref().is_some_and(|s| lifeboat_crds::conditions::is_finished(&s.conditions))

@@ -144,16 +144,15 @@ impl RepositoryAccess {
     ) -> Result<Repository, AccessError> {
         let (store, secret, key) = self.parts(backend, encryption).await?;
         let kept = self.open.lock().await.get(&key).cloned();
-        let repository = match kept {
-            Some(repository) => repository,
-            None => {
-                let options = OpenOptions { cache_dir: self.cache_dir.clone() };
-                let opened = Repository::open(store, &secret, options)
-                    .await
-                    .map_err(|error| AccessError::from_repository(&error))?;
-                self.keep(key, &opened).await;
-                opened
-            }
+        let repository = if let Some(repository) = kept {
+            repository
+        } else {
+            let options = OpenOptions { cache_dir: self.cache_dir.clone() };
+            let opened = Repository::open(store, &secret, options)
+                .await
+                .map_err(|error| AccessError::from_repository(&error))?;
+            self.keep(key, &opened).await;
+            opened
         };
         let found = repository.id().to_string();
         match id {

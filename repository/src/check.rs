@@ -15,7 +15,7 @@ use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkRef, PackId, Place, SessionId, SnapshotId};
 use crate::keyring::KeyRingError;
 use crate::manifest::{Contents, Kind, Manifest, ManifestError, Piece, Regular};
-use crate::pack::{Directory, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_hash};
+use crate::pack::{Directory, FrameError, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_hash};
 use crate::progress::Progress;
 use crate::refset::{MAX_REFSET_BYTES, Refset, refset_key};
 use crate::repository::Repository;
@@ -247,7 +247,13 @@ impl Check<'_> {
     }
 
     /// That all chunks of a file are among the references: its data, and the lists of it that are chunks themselves.
-    async fn file(&mut self, snapshot: &Snapshot, manifest: &Manifest, file: &Regular, refs: &Refset) -> Result<(), ManifestError> {
+    async fn file(
+        &mut self,
+        snapshot: &Snapshot,
+        manifest: &Manifest,
+        file: &Regular,
+        refs: &Refset,
+    ) -> Result<(), ManifestError> {
         if let Contents::Listed(lists) = &file.contents {
             for chunk in lists {
                 self.is_referenced(snapshot, chunk, refs);
@@ -383,8 +389,9 @@ async fn open_all(
             let Some(cipher) = ciphers.get(&origin).and_then(|keys| keys.frame(entry.expected.kind)) else { continue };
             let start = entry.offset as usize;
             let opened = match bytes.get(start..start + entry.len as usize) {
-                Some(frame) => open_frame(cipher, &entry.expected, frame, |plain| engine.chunk_id(plain))
-                    .map_err(|error| error.what()),
+                Some(frame) => {
+                    open_frame(cipher, &entry.expected, frame, |plain| engine.chunk_id(plain)).map_err(FrameError::what)
+                }
                 None => Err("the pack ends before it"),
             };
             if let Err(what) = opened {

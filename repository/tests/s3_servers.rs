@@ -1,5 +1,6 @@
 //! The conformance suite and a whole backup on two real S3 servers of different origin, started here on loopback.
 #![cfg(feature = "s3-servers")]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -51,13 +52,30 @@ impl Server {
         let at = |folder: &str| data.path().join(folder).to_string_lossy().into_owned();
         let mut command = if name == "versitygw" {
             let mut command = Command::new(program("LIFEBOAT_S3_VERSITYGW"));
-            command.args(["--port", &address, "--health", "/health", "--quiet", "--iam-dir", &at("iam"), "posix", "--versioning-dir", &at("versions"), &at("data")]);
+            command.args([
+                "--port",
+                &address,
+                "--health",
+                "/health",
+                "--quiet",
+                "--iam-dir",
+                &at("iam"),
+                "posix",
+                "--versioning-dir",
+                &at("versions"),
+                &at("data"),
+            ]);
             command.envs([("ROOT_ACCESS_KEY", ACCESS_KEY), ("ROOT_SECRET_KEY", SECRET_KEY)]);
             command
         } else {
             let mut command = Command::new(program("LIFEBOAT_S3_MINIO"));
             command.args(["server", "--address", &address, "--quiet", &at("data")]);
-            command.envs([("MINIO_ROOT_USER", ACCESS_KEY), ("MINIO_ROOT_PASSWORD", SECRET_KEY), ("MINIO_BROWSER", "off"), ("MINIO_UPDATE", "off")]);
+            command.envs([
+                ("MINIO_ROOT_USER", ACCESS_KEY),
+                ("MINIO_ROOT_PASSWORD", SECRET_KEY),
+                ("MINIO_BROWSER", "off"),
+                ("MINIO_UPDATE", "off"),
+            ]);
             command
         };
         let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -138,7 +156,8 @@ async fn a_backup_comes_back(store: &Arc<dyn Store>) {
     let report = backup::tree(&repository, source.path(), plan, Arc::default()).await.unwrap();
     let reopened = Repository::open(Arc::clone(store), &secret, OpenOptions::default()).await.unwrap();
     let snapshot = reopened.find(&report.snapshot.id.to_string()).await.unwrap();
-    let restored = restore::tree(&reopened, &snapshot, target.path(), RestoreOptions::default(), Arc::default()).await.unwrap();
+    let restored =
+        restore::tree(&reopened, &snapshot, target.path(), RestoreOptions::default(), Arc::default()).await.unwrap();
     assert_eq!(restored.failed, []);
     assert_eq!(std::fs::read(target.path().join("large")).unwrap(), large);
     assert_eq!(std::fs::read_to_string(target.path().join("small199")).unwrap(), "file 199");

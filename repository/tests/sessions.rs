@@ -1,4 +1,5 @@
 //! Sessions on the strict memory store: what is committed exists wholly, what is not does not exist at all.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,5 @@
 //! What a backup reads, a restore writes: every kind of entry, every part of its metadata, on a real file system.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -279,7 +280,9 @@ async fn damaged_data_costs_the_files_that_need_it_and_is_located() {
 #[tokio::test]
 async fn files_from_memory_come_back_and_disorder_is_refused() {
     let (_, repository) = repository().await;
-    let file = |path: &str, bytes: Vec<u8>| Ok::<_, String>(VirtualFile { path: path.into(), bytes: bytes.into(), mtime: jiff::Timestamp::UNIX_EPOCH });
+    let file = |path: &str, bytes: Vec<u8>| {
+        Ok::<_, String>(VirtualFile { path: path.into(), bytes: bytes.into(), mtime: jiff::Timestamp::UNIX_EPOCH })
+    };
     let plan = || TreeBackup { lineage: "objects".into(), ..TreeBackup::default() };
     let files = vec![
         file("a.core/v1/x.json", b"{}".to_vec()),
@@ -289,7 +292,8 @@ async fn files_from_memory_come_back_and_disorder_is_refused() {
     let report =
         backup::entries(&repository, futures::stream::iter(files.clone()), plan(), Arc::default()).await.unwrap();
     let read: Vec<_> = tree::read_files(&repository, &report.snapshot).await.unwrap().try_collect().await.unwrap();
-    let expected: Vec<_> = files.into_iter().map(|file| file.map(|file| (file.path.into_bytes(), file.bytes)).unwrap()).collect();
+    let expected: Vec<_> =
+        files.into_iter().map(|file| file.map(|file| (file.path.into_bytes(), file.bytes)).unwrap()).collect();
     assert_eq!(read, expected);
     for bad in [vec![file("b", vec![]), file("a", vec![])], vec![file("../a", vec![])], vec![file("", vec![])]] {
         let refused = backup::entries(&repository, futures::stream::iter(bad), plan(), Arc::default()).await;

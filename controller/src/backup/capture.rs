@@ -104,7 +104,7 @@ fn files(
     found: Arc<std::sync::Mutex<ObjectsStatus>>,
 ) -> impl Stream<Item = Result<VirtualFile, anyhow::Error>> + Send {
     let note = move |change: &dyn Fn(&mut ObjectsStatus)| {
-        change(&mut found.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        change(&mut found.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     };
     try_stream! {
         for offered in offered(&client).await? {
@@ -145,7 +145,7 @@ pub(super) async fn capture(run: &mut Run, context: &Context) -> Result<()> {
     let files = files(context.client.clone(), run.namespace.clone(), plan.scope, Arc::clone(&found));
     let parent = repository.latest_of(&lineage).await;
     let tree = TreeBackup { lineage, tags: run.tags(cluster), parent: parent.ok().flatten(), ..TreeBackup::default() };
-    let captured = backup::entries(&repository, files, tree, Arc::default()).await;
+    let captured = Box::pin(backup::entries(&repository, files, tree, Arc::default())).await;
     let mut objects = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
     let report = match captured {
         Ok(report) => report,

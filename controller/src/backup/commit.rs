@@ -87,33 +87,40 @@ pub(super) async fn commit(run: &mut Run, context: &Context) -> Result<()> {
         Ok(snapshots) => snapshots,
         Err(error) => return fail_with(run, context, &AccessError::from_repository(&error)).await,
     };
-    let point = match committed_before(&snapshots, &run.uid) {
-        Some(point) => point,
-        None => {
-            let mut counts = Counts::default();
-            for member in description.members() {
-                if let Some(member) = snapshots.iter().find(|snapshot| snapshot.id == member) {
-                    counts.files += member.counts.files;
-                    counts.directories += member.counts.directories;
-                    counts.others += member.counts.others;
-                    counts.bytes += member.counts.bytes;
-                    counts.skipped += member.counts.skipped;
-                } else {
-                    let message = format!("the snapshot {member} is not in the repository any more");
-                    return run.fail(context, Reason::RepositoryDamaged, message).await;
-                }
+    let point = if let Some(point) = committed_before(&snapshots, &run.uid) {
+        point
+    } else {
+        let counts = match counts_of(&snapshots, &description) {
+            Ok(counts) => counts,
+            Err(missing) => {
+                let message = format!("the snapshot {missing} is not in the repository any more");
+                return run.fail(context, Reason::RepositoryDamaged, message).await;
             }
-            let json = serde_json::to_value(&description)?;
-            let lineage = lineage(&description.cluster, &run.namespace);
-            match backup::recovery_point(&repository, lineage, description.tags(), description.members(), json, counts)
-                .await
-            {
-                Ok(point) => point,
-                Err(error) => return fail_with(run, context, &AccessError::from_repository(&error)).await,
-            }
+        };
+        let json = serde_json::to_value(&description)?;
+        let lineage = lineage(&description.cluster, &run.namespace);
+        match backup::recovery_point(&repository, lineage, description.tags(), description.members(), json, counts)
+            .await
+        {
+            Ok(point) => point,
+            Err(error) => return fail_with(run, context, &AccessError::from_repository(&error)).await,
         }
     };
     succeed(run, context, &description, &point).await
+}
+
+/// What all members contain together; `Err`: the member that does not exist.
+fn counts_of(snapshots: &[Snapshot], description: &Description) -> Result<Counts, SnapshotId> {
+    let mut counts = Counts::default();
+    for member in description.members() {
+        let found = snapshots.iter().find(|snapshot| snapshot.id == member).ok_or(member)?;
+        counts.files += found.counts.files;
+        counts.directories += found.counts.directories;
+        counts.others += found.counts.others;
+        counts.bytes += found.counts.bytes;
+        counts.skipped += found.counts.skipped;
+    }
+    Ok(counts)
 }
 
 async fn fail_with(run: &mut Run, context: &Context, error: &AccessError) -> Result<()> {

@@ -114,7 +114,7 @@ impl Run {
 
 async fn reconcile(seen: Arc<Backup>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let span = info_span!("backup", namespace = seen.namespace(), backup = seen.name_any());
-    Ok(work(&seen, &context).instrument(span).await?)
+    Ok(Box::pin(work(&seen, &context)).instrument(span).await?)
 }
 
 /// Takes steps until there is nothing to do but wait.
@@ -140,7 +140,7 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
             vanished,
         };
         let step = next_step(&facts, Timestamp::now());
-        match perform(&mut run, step, context).await? {
+        match Box::pin(perform(&mut run, step, context)).await? {
             Next::Look => {}
             Next::Wait(pause) => return Ok(Action::requeue(pause)),
             Next::Over => return Ok(Action::await_change()),
@@ -163,7 +163,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
                 return Ok(Next::Wait(pause));
             }
         }
-        Step::Capture => capture::capture(run, context).await?,
+        Step::Capture => Box::pin(capture::capture(run, context)).await?,
         Step::Freeze => quiesce::freeze(run, context).await?,
         Step::NoteFreezeFailure(reason, message) => {
             run.set(ConditionType::Quiesced, State::False, reason, message.clone());

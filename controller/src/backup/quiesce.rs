@@ -20,7 +20,7 @@ use super::{Run, resolve};
 use crate::context::Context;
 use crate::hooks::{self, HookEnd};
 
-const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(60);
+const DEFAULT_MAX_FREEZE: Duration = Duration::from_mins(1);
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A thaw command that fails is tried this often before the reconciliation ends; the next one goes on trying.
 const THAW_ATTEMPTS: u32 = 3;
@@ -190,11 +190,10 @@ pub(super) async fn thaw(run: &mut Run, context: &Context) -> Result<bool> {
             stuck = Some(message);
             tokio::time::sleep(THAW_PAUSE).await;
         }
-        if !workload.frozen {
-            stuck = None;
-        } else {
+        if workload.frozen {
             break;
         }
+        stuck = None;
     }
     let still_frozen = status.workloads.iter().any(|workload| workload.frozen);
     if still_frozen {

@@ -264,6 +264,7 @@ async fn wait_for_repository(run: &mut Run, context: &Context, message: String) 
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // json!(..) as an argument reads better without a borrow
 mod tests {
     use super::*;
     use serde_json::{Value, json};

@@ -25,7 +25,7 @@ use crate::context::{Context, ReconcileError, on_error};
 use crate::task::label_value;
 
 /// A policy without a schedule, or one that waits long, is looked at again after this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {

@@ -12,7 +12,7 @@ use lifeboat_crds::conditions::Reason;
 use thiserror::Error;
 
 /// A run that could not start within this time after it was due is left out, unless the schedule says otherwise.
-const DEFAULT_STARTING_DEADLINE: Duration = Duration::from_secs(3600);
+const DEFAULT_STARTING_DEADLINE: Duration = Duration::from_hours(1);
 /// A run is looked for at most this many due times ahead: what lies between is longer than any outage.
 const MAX_STEPS: usize = 100_000;
 
@@ -90,7 +90,7 @@ impl Plan {
         self.cron.find_next_occurrence(&from, false).ok().map(|next| next.timestamp())
     }
 
-    fn delayed(&self, due: Timestamp, by: Duration) -> Timestamp {
+    fn delayed(due: Timestamp, by: Duration) -> Timestamp {
         SignedDuration::try_from(by).ok().and_then(|by| due.checked_add(by).ok()).unwrap_or(Timestamp::MAX)
     }
 
@@ -103,7 +103,7 @@ impl Plan {
             let Some(next) = self.after(cursor) else {
                 return Due { start: self.in_time(passed, now, &mut missed), missed, next: None };
             };
-            let start = self.delayed(next, self.delay);
+            let start = Self::delayed(next, self.delay);
             if start > now {
                 let start_now = self.in_time(passed, now, &mut missed);
                 return Due { start: start_now, missed, next: Some(start) };
@@ -118,7 +118,7 @@ impl Plan {
 
     fn in_time(&self, due: Option<Timestamp>, now: Timestamp, missed: &mut usize) -> Option<Timestamp> {
         let due = due?;
-        if self.delayed(due, self.delay + self.starting_deadline) >= now {
+        if Self::delayed(due, self.delay + self.starting_deadline) >= now {
             Some(due)
         } else {
             *missed += 1;

@@ -18,7 +18,7 @@ use tracing::info;
 use crate::context::{Context, ReconcileError, on_error, write_status};
 
 /// A repository that is ready is looked at again after this.
-const READY_INTERVAL: Duration = Duration::from_secs(300);
+const READY_INTERVAL: Duration = Duration::from_mins(5);
 /// One that is not, after this.
 const UNREADY_INTERVAL: Duration = Duration::from_secs(20);
 
@@ -69,7 +69,7 @@ fn report(
     let mut status = before.cloned().unwrap_or_default();
     status.observed_generation = generation;
     let mut set = |type_, state, reason, message: String| {
-        conditions::set(&mut status.conditions, type_, state, reason, message, generation, now)
+        conditions::set(&mut status.conditions, type_, state, reason, message, generation, now);
     };
     match found {
         Ok(found) => {
