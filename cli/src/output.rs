@@ -1,5 +1,7 @@
 //! Forms of what is printed: sizes, times, tables, errors.
 
+use std::fmt::Write as _;
+
 use std::process::ExitCode;
 
 use crate::options::FAILED;
@@ -39,7 +41,8 @@ pub(crate) fn path(bytes: &[u8]) -> String {
             if c.is_control() { text.extend(c.escape_default()) } else { text.push(c) }
         }
         for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
+            // Writing into a String cannot fail.
+            let _ = write!(text, "\\x{byte:02x}");
         }
     }
     text
