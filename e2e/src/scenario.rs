@@ -84,7 +84,7 @@ impl Scenario {
             .await
             .context("create the namespace")?;
         launcher(&["s3", "bucket", &scenario.namespace])?;
-        scenario.apply(&scenario.repository_manifest())?;
+        run("kubectl", &["apply", "-f", "-"], &scenario.repository_manifest())?;
         scenario.repository_ready(&scenario.namespace).await?;
         Ok(scenario)
     }

@@ -90,7 +90,10 @@ fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
     let may = |who: &str, verb: &str, what: &str, namespace: &str| -> Result<bool> {
         let account = format!("--as=system:serviceaccount:lifeboat-system:{who}");
         let config = format!("--kubeconfig={}", server.kubeconfig_path());
-        let output = run_raw("kubectl", &[&config, &account, "-n", namespace, "auth", "can-i", verb, what], "")?;
+        let (resource, subresource) = what.split_once('/').unwrap_or((what, ""));
+        let subresource = format!("--subresource={subresource}");
+        let arguments = [&config, &account, "-n", namespace, "auth", "can-i", verb, resource, &subresource];
+        let output = run_raw("kubectl", &arguments, "")?;
         Ok(output.status.success())
     };
     let (agent, controller) = ("lifeboat-agent", "lifeboat-controller");

@@ -21,7 +21,7 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
     let quiesce = |step: &str, more: &str| policy(&format!(", quiesce: {{steps: [{step}]{more}}}"));
     let step = "{selector: {}, exec: {freeze: [a]}}";
     vec![
-        ("ClusterRepository", repository("", ""), "exactly one of backend.s3 and backend.filesystem"),
+        ("ClusterRepository", repository("", ""), "spec.backend.s3: Required value"),
         (
             "ClusterRepository",
             repository(&format!("{S3}, filesystem: {{path: /x}}"), ""),
@@ -82,7 +82,7 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("Backup", "{}".to_owned(), "exactly one of policyRef and plan"),
         ("Backup", format!("{{policyRef: {{name: p}}, plan: {{{TIERS}}}}}"), "exactly one of policyRef and plan"),
         ("Backup", "{policyRef: {name: ''}}".to_owned(), "policyRef.name"),
-        ("Restore", "{source: {}}".to_owned(), "exactly one of source.backupRef and source.repository"),
+        ("Restore", "{source: {}}".to_owned(), "spec.source.backupRef: Required value"),
         (
             "Restore",
             "{source: {backupRef: {name: b}, repository: {ref: {name: r}}}}".to_owned(),
