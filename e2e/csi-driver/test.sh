@@ -3,7 +3,8 @@
 # Everything is mounted in a mount namespace of this script's own, which ends with it; the loop
 # devices clear themselves.
 set -euo pipefail
-cd "$(dirname "$(readlink -f "$0")")"
+self=$(readlink -f "$0")
+cd "$(dirname "$self")"
 what=${1:-all}
 case $what in all | quick) ;; *) echo "usage: $0 [all|quick]" >&2; exit 2 ;; esac
 
@@ -23,7 +24,7 @@ packages() {
 if [ "$what" = all ] && [ -z "${LIFEBOAT_CSI_NAMESPACE:-}" ]; then
   [ "$(id -u)" = 0 ] || { echo "the pool needs root; try: $0 quick" >&2; exit 1; }
   packages >&2
-  LIFEBOAT_CSI_NAMESPACE=1 exec unshare --mount --propagation private "$0" "$what"
+  LIFEBOAT_CSI_NAMESPACE=1 exec unshare --mount --propagation private "$self" "$what"
 fi
 
 WORK=$(mktemp -d); OUT=$WORK/output; POOL_DEVICE=
