@@ -73,8 +73,8 @@ impl Context {
         Api::namespaced(self.client.clone(), namespace)
     }
 
-    /// Replaces the status of exactly this object.
-    pub(crate) async fn write_status<K, S>(&self, object: &K, status: &S) -> Result<()>
+    /// Replaces the status of exactly this object, and returns the object as it is then.
+    pub(crate) async fn write_status<K, S>(&self, object: &K, status: &S) -> Result<K>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
         S: Serialize,
@@ -83,8 +83,10 @@ impl Context {
     }
 }
 
-/// Replaces the status of exactly this object: another one of the same name has another UID and is left alone.
-pub(crate) async fn write_status<K, S>(api: &Api<K>, object: &K, status: &S) -> Result<()>
+/// Replaces the status of exactly this object, and returns the object as it is then.
+///
+/// Another one of the same name has another UID and is left alone.
+pub(crate) async fn write_status<K, S>(api: &Api<K>, object: &K, status: &S) -> Result<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
     S: Serialize,
@@ -93,8 +95,7 @@ where
     let patch = serde_json::json!({"metadata": {"uid": object.uid()}, "status": status});
     api.patch_status(&name, &PatchParams::default(), &Patch::Merge(patch))
         .await
-        .with_context(|| format!("cannot write the status of {} {name}", K::kind(&())))?;
-    Ok(())
+        .with_context(|| format!("cannot write the status of {} {name}", K::kind(&())))
 }
 
 /// Publishes events.

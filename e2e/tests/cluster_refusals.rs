@@ -20,7 +20,8 @@ async fn refused(
     says: &str,
     change: impl Fn(String) -> String,
 ) -> Result<()> {
-    let name = format!("{}-{suffix}", s.namespace);
+    // No name of a Secret is a part of it: `change` replaces those.
+    let name = format!("{}-with-bad-{suffix}", s.namespace);
     s.apply(&variant(s, &name, change))?;
     let outcome = s.repository_refused(&name, reason).await;
     s.kubectl_cluster(&["delete", "clusterrepository", &name])?;

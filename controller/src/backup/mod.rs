@@ -89,8 +89,9 @@ impl Run {
     }
 
     /// Writes the status.
-    pub(crate) async fn save(&self, context: &Context) -> Result<()> {
-        context.write_status(&self.backup, &self.status).await
+    pub(crate) async fn save(&mut self, context: &Context) -> Result<()> {
+        self.backup = context.write_status(&self.backup, &self.status).await?;
+        Ok(())
     }
 
     /// Ends the backup badly.

@@ -244,7 +244,10 @@ async fn reconcile(policy: Arc<BackupPolicy>, context: Arc<Context>) -> Result<A
 }
 
 async fn write_if_changed(policy: &BackupPolicy, status: &BackupPolicyStatus, context: &Context) -> anyhow::Result<()> {
-    if policy.status.as_ref() == Some(status) { Ok(()) } else { context.write_status(policy, status).await }
+    if policy.status.as_ref() != Some(status) {
+        context.write_status(policy, status).await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

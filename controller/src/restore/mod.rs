@@ -72,8 +72,9 @@ impl Run {
         conditions::set(&mut self.status.conditions, type_, state, reason, message, generation, Timestamp::now());
     }
 
-    pub(crate) async fn save(&self, context: &Context) -> Result<()> {
-        context.write_status(&self.restore, &self.status).await
+    pub(crate) async fn save(&mut self, context: &Context) -> Result<()> {
+        self.restore = context.write_status(&self.restore, &self.status).await?;
+        Ok(())
     }
 
     /// Ends the restore badly.
