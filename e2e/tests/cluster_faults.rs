@@ -113,11 +113,15 @@ fn a_pod_that_vanishes_in_the_middle_fails_the_backup_and_harms_nothing() {
     });
 }
 
+/// A large file that is emptied again and again, and one that rests.
+const MOVE: &str = "echo quiet > /data/quiet; dd if=/dev/urandom of=/data/source bs=1M count=300 2>/dev/null
+(while :; do cp /data/source /data/moving; sleep 0.2; : > /data/moving; done) >/dev/null 2>&1 &";
+
 #[test]
 fn a_file_that_shrinks_while_it_is_read_is_named_and_never_half_restored() {
     scenario("file-shrinks", async |s: Scenario| {
         s.sleeper("app")?;
-        s.shell("app", "echo quiet > /data/quiet; (while :; do dd if=/dev/urandom of=/data/moving bs=1M count=60 2>/dev/null; : > /data/moving; done) >/dev/null 2>&1 &")?;
+        s.shell("app", MOVE)?;
         // Whether it shrinks just then is a matter of luck; a backup that met it quiet is complete and tried again.
         for number in 0..10 {
             let name = format!("b{number}");

@@ -88,8 +88,9 @@ fn a_point_in_time_is_chosen_by_time_and_an_unknown_one_is_refused() {
     scenario("as-of", async |s: Scenario| {
         s.apply(SETTINGS)?;
         s.back_up("blue").await?;
+        // Times in manifests have whole seconds: the next recovery point must be of a later one.
         let between = jiff::Timestamp::now();
-        // Recovery points carry the time of their making: the next one must be younger than `between`.
+        tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
         s.kubectl(&["patch", "configmap", "settings", "--type=merge", "-p", "{\"data\":{\"colour\":\"red\"}}"])?;
         s.back_up("red").await?;
         let repository = json!({"name": s.namespace});

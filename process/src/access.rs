@@ -48,6 +48,17 @@ impl AccessError {
     }
 }
 
+/// Names the Secrets that an error is about.
+fn name_secrets(mut error: AccessError, namespace: &str, backend: &Backend, encryption: &SecretRef) -> AccessError {
+    let secret = match (error.reason, backend) {
+        (Reason::WrongKey, _) => &encryption.name,
+        (Reason::AccessDenied, Backend::S3(s3)) => &s3.credentials.secret_ref.name,
+        _ => return error,
+    };
+    error.message = format!("{} (Secret {namespace}/{secret})", error.message);
+    error
+}
+
 impl From<InitError> for AccessError {
     fn from(error: InitError) -> Self {
         match &error {
@@ -142,6 +153,16 @@ impl RepositoryAccess {
         encryption: &SecretRef,
         id: Option<&str>,
     ) -> Result<Repository, AccessError> {
+        let opened = self.open_kept(backend, encryption, id).await;
+        opened.map_err(|error| name_secrets(error, &self.namespace, backend, encryption))
+    }
+
+    async fn open_kept(
+        &self,
+        backend: &Backend,
+        encryption: &SecretRef,
+        id: Option<&str>,
+    ) -> Result<Repository, AccessError> {
         let (store, secret, key) = self.parts(backend, encryption).await?;
         let kept = self.open.lock().await.get(&key).cloned();
         let repository = if let Some(repository) = kept {
@@ -168,6 +189,11 @@ impl RepositoryAccess {
 
     /// The repository, opened; made when the location is empty. Always asks the store.
     pub async fn open_or_init(&self, backend: &Backend, encryption: &SecretRef) -> Result<Repository, AccessError> {
+        let opened = self.open_or_make(backend, encryption).await;
+        opened.map_err(|error| name_secrets(error, &self.namespace, backend, encryption))
+    }
+
+    async fn open_or_make(&self, backend: &Backend, encryption: &SecretRef) -> Result<Repository, AccessError> {
         let (store, secret, key) = self.parts(backend, encryption).await?;
         let options = OpenOptions { cache_dir: self.cache_dir.clone() };
         let opened = match Repository::open(Arc::clone(&store), &secret, options.clone()).await {

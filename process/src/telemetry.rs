@@ -27,20 +27,36 @@ pub fn start(format: LogFormat) {
     }
 }
 
+/// A line is cut to this many characters.
+const MAX_CHARS: usize = 600;
+
 /// An error and all its causes in one line, as it goes into conditions, events and logs.
+///
+/// What a server answered is left out: it may repeat credentials.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
+    let mut line = without_answer(&error.to_string()).to_owned();
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
+        let text = without_answer(&text);
         // Wrappers often repeat what they wrap.
-        if !line.contains(&text) {
+        if !text.is_empty() && !line.contains(text) {
             line.push_str(": ");
-            line.push_str(&text);
+            line.push_str(text);
         }
         cause = error.source();
     }
+    if let Some((at, _)) = line.char_indices().nth(MAX_CHARS) {
+        line.truncate(at);
+        line.push('…');
+    }
     line
+}
+
+/// The text before the first markup or line end.
+fn without_answer(text: &str) -> &str {
+    let end = [text.find('<'), text.find('\n')].into_iter().flatten().min().unwrap_or(text.len());
+    text[..end].trim_end_matches([':', ' '])
 }
 
 #[cfg(test)]
@@ -50,6 +66,13 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("outer")]
     struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn answers_of_servers_are_left_out() {
+        let answer = std::io::Error::other("403 Forbidden: <Error><AWSAccessKeyId>nobody</AWSAccessKeyId></Error>");
+        assert_eq!(chain(&Outer(answer)), "outer: 403 Forbidden");
+        assert!(chain(&Outer(std::io::Error::other("x".repeat(5000)))).chars().count() <= MAX_CHARS + 1);
+    }
 
     #[test]
     fn causes_are_joined_once() {

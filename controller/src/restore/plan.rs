@@ -86,7 +86,7 @@ fn choose<'a>(snapshots: &'a [Snapshot], namespace: &str, source: &RepositorySou
             && snapshot.tags.get(tags::NAMESPACE).is_some_and(|found| found == namespace)
             && source.policy.as_ref().is_none_or(|policy| snapshot.tags.get(tags::POLICY) == Some(policy))
             && source.recovery_point.as_ref().is_none_or(|id| snapshot.id.to_string().starts_with(id.as_str()))
-            && source.as_of.as_ref().is_none_or(|as_of| snapshot.time <= as_of.0)
+            && source.as_of.as_ref().is_none_or(|as_of| snapshot.time.as_second() <= as_of.0.as_second())
     };
     let fitting: Vec<_> = snapshots.iter().filter(is_ours).collect();
     let refuse = |message: String| Refusal::new(Reason::RecoveryPointNotFound, message);
