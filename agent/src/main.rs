@@ -92,8 +92,8 @@ async fn until_told_to_end() -> Result<()> {
 async fn run(options: RunOptions) -> Result<()> {
     telemetry::start(options.log_format);
     let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
-    let mut registry = prometheus_client::registry::Registry::with_prefix("lifeboat_agent");
-    let metrics = metrics::Metrics::register(&mut registry);
+    let mut registry = prometheus_client::registry::Registry::default();
+    let metrics = metrics::Metrics::register(registry.sub_registry_with_prefix("lifeboat_agent"));
     let readiness = Readiness::default();
     let access = RepositoryAccess::new(client.clone(), options.namespace.clone(), options.cache_dir);
     let worker = Arc::new(task::Worker {

@@ -61,11 +61,11 @@ async fn main() -> Result<()> {
     let options = Options::parse();
     telemetry::start(options.log_format);
     let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
-    let mut registry = prometheus_client::registry::Registry::with_prefix("lifeboat");
+    let mut registry = prometheus_client::registry::Registry::default();
     let context = Arc::new(Context {
         access: RepositoryAccess::new(client.clone(), options.namespace.clone(), options.cache_dir),
         events: context::Events::new(client.clone(), &options.pod),
-        metrics: metrics::Metrics::register(&mut registry),
+        metrics: metrics::Metrics::register(registry.sub_registry_with_prefix("lifeboat")),
         namespace: options.namespace.clone(),
         image: options.image,
         image_pull_policy: options.image_pull_policy,
