@@ -18,6 +18,11 @@ start_apiserver() {
 }
 
 # The API server on loopback of the machine: listens here, connects inside.
+# A forwarder that serves a dead n1 would keep that one's network alive, with the address that the new n1 needs.
+stop_stale_forwarder() {
+  ! is_running forward || [ "$(readlink "/proc/$(pid_of forward)/ns/net")" = "$(readlink "/proc/$(pid_of n1)/ns/net")" ] || kill_now forward
+}
+
 start_forwarder() {
   is_running forward && return
   setsid nohup "$PROGRAMS/forward" "127.0.0.1:$API_PORT" "/proc/$(pid_of n1)/ns/net" "$CONTROL_PLANE:6443" >>"$STATE/log/forward.log" 2>&1 </dev/null &

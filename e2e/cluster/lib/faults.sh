@@ -1,24 +1,33 @@
-# faults.sh: what goes wrong, as verbs. COMPONENT is NODE/NAME, NAME one of containerd, kubelet, kube-proxy, driver; or of n1
-# etcd, apiserver, controller-manager, scheduler without the node; or s3.
+# faults.sh: what goes wrong, as verbs. COMPONENT is NODE/NAME or NAME/NODE, NAME one of containerd, kubelet, kube-proxy, driver;
+# or of n1, without the node: etcd, apiserver, controller-manager, scheduler and the CSI sidecars; or s3.
 component() { # prints NODE NAME
   case $1 in
-    etcd | apiserver | controller-manager | scheduler) echo "n1 $1" ;;
+    etcd | apiserver | controller-manager | scheduler | csi-* | snapshot-controller) echo "n1 $1" ;;
     n[0-9]*/*) echo "${1%%/*} ${1#*/}" ;;
-    *) die "unknown component $1; write etcd, apiserver, controller-manager, scheduler, s3 or NODE/kubelet, NODE/containerd, ..." ;;
+    */n[0-9]*) echo "${1##*/} ${1%/*}" ;;
+    *) die "unknown component $1; write etcd, apiserver, controller-manager, scheduler, csi-provisioner, s3, or NODE/kubelet, NODE/containerd, NODE/driver ..." ;;
   esac
 }
 
+known_node() { case " $NODES " in *" $1 "*) ;; *) die "there is no node $1; there are: $NODES" ;; esac; }
+
 signal_component() { # COMPONENT SIGNAL
-  local node name
-  if [ "$1" = s3 ]; then kill "-$2" "$(pid_of s3)"; return; fi
-  read -r node name <<<"$(component "$1")"
-  signal_in "$node" "$name" "$2"
+  local resolved
+  if [ "$1" = s3 ]; then
+    is_running s3 || die "s3 does not run"
+    kill "-$2" "$(pid_of s3)"
+    return
+  fi
+  resolved=$(component "$1")
+  signal_in "${resolved% *}" "${resolved#* }" "$2"
 }
 
 start_component() {
-  local node name
+  local resolved node name
   if [ "$1" = s3 ]; then s3_start; return; fi
-  read -r node name <<<"$(component "$1")"
+  resolved=$(component "$1")
+  node=${resolved% *} name=${resolved#* }
+  known_node "$node"
   case $name in
     etcd | apiserver) start_apiserver ;;
     controller-manager | scheduler) start_controllers ;;
@@ -29,10 +38,17 @@ start_component() {
       start_kubelet "$node" ;;
     kube-proxy) start_kube_proxy "$node" ;;
     driver) start_driver "$node" ;;
+    csi-* | snapshot-controller) start_sidecars ;;
     *) die "unknown component $1" ;;
   esac
 }
 
-power_off() { kill -9 "$(pid_of "$1")"; while is_alive "$(pid_of "$1")"; do sleep 0.05; done; }
-cut_link() { in_switch ip link set "to-$1" down; }
-heal_link() { in_switch ip link set "to-$1" up; }
+power_off() {
+  known_node "$1"
+  is_running "$1" || die "the node $1 does not run"
+  [ "$1" != n1 ] || kill_now forward # it lives in n1's network
+  kill_now "$1"
+}
+
+cut_link() { known_node "$1"; in_switch ip link set "to-$1" down; }
+heal_link() { known_node "$1"; in_switch ip link set "to-$1" up; }

@@ -29,7 +29,10 @@ make_authority() {
 
 make_pki() {
   local names job jobs=() n
-  [ -e "$STATE/pki/done" ] && return
+  if [ -e "$STATE/pki/done" ]; then
+    make_node_certificates
+    return
+  fi
   rm -rf "$STATE/pki"
   mkdir -p "$STATE/pki"
   (
@@ -45,16 +48,28 @@ make_pki() {
     certificate scheduler /CN=system:kube-scheduler & jobs+=($!)
     certificate proxy /CN=system:kube-proxy & jobs+=($!)
     certificate snapshot-metadata /CN=snapshot-metadata "IP:$CONTROL_PLANE" & jobs+=($!)
-    for n in $NODES; do
-      certificate "kubelet-$n" "/CN=$n" "DNS:$n,IP:$(node_ip "$n")" & jobs+=($!)
-      certificate "node-$n" "/O=system:nodes/CN=system:node:$n" & jobs+=($!)
-    done
     for job in "${jobs[@]}"; do wait "$job"; done
     kubeconfig admin admin "127.0.0.1:$API_PORT"      # on the machine, through the forwarder
     kubeconfig admin-inside admin "$CONTROL_PLANE:6443" # inside the nodes' network
     for n in controller-manager scheduler proxy; do kubeconfig "$n" "$n" "$CONTROL_PLANE:6443"; done
-    for n in $NODES; do kubeconfig "node-$n" "node-$n" "$CONTROL_PLANE:6443"; done
     touch done
   )
+  make_node_certificates
   say "certificates"
+}
+
+# Those of the nodes, also of nodes that are added later; the kubeconfig is written last and shows that the rest is there.
+make_node_certificates() {
+  local node job jobs=()
+  for node in $NODES; do
+    [ ! -e "$STATE/pki/node-$node.kubeconfig" ] || continue
+    (
+      cd "$STATE/pki"
+      umask 077
+      certificate "kubelet-$node" "/CN=$node" "DNS:$node,IP:$(node_ip "$node")"
+      certificate "node-$node" "/O=system:nodes/CN=system:node:$node"
+      kubeconfig "node-$node" "node-$node" "$CONTROL_PLANE:6443"
+    ) & jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job" || die "the certificates of a node were not made"; done
 }

@@ -23,9 +23,7 @@ s3_start() {
 }
 
 s3_stop() {
-  is_running s3 || return 0
-  kill -9 "$(pid_of s3)"
-  while is_alive "$(pid_of s3)"; do sleep 0.05; done
+  kill_now s3
   rm -f "$STATE/run/s3.pid"
 }
 
@@ -35,12 +33,18 @@ bucket_folder() {
 }
 
 s3() {
+  local folder
   case ${1:-} in
     start) s3_start ;;
     stop) s3_stop ;;
     credentials) echo "$STATE/s3/credentials" ;;
-    bucket) mkdir -p "$(bucket_folder "${2:-}")" ;;
-    remove-bucket) rm -rf "$(bucket_folder "${2:-}")" ;;
+    bucket)
+      folder=$(bucket_folder "${2:-}")
+      mkdir -p "$folder" ;;
+    remove-bucket)
+      folder=$(bucket_folder "${2:-}")
+      # Old versions lie elsewhere; a new bucket of this name must not show them.
+      rm -rf "$folder" "$STATE/s3/versions/${2:?}" ;;
     folder) bucket_folder "${2:-}" ;; # where the objects of a bucket lie, to look at or to damage
     *) die "s3 start|stop|credentials|bucket NAME|remove-bucket NAME|folder NAME" ;;
   esac

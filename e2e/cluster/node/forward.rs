@@ -14,11 +14,16 @@ unsafe extern "C" {
     fn setns(descriptor: i32, kind: i32) -> i32;
 }
 
-/// Copies until one side ends; a lost connection ends it as well.
+/// Copies until `from` ends. An orderly end is passed on; a broken connection breaks both, so that neither side waits for
+/// an answer that cannot come: a client has to see that its API server died.
 fn copy(mut from: TcpStream, mut to: TcpStream) {
-    if io::copy(&mut from, &mut to).is_ok() {
-        // The other side may be gone already.
+    let copied = io::copy(&mut from, &mut to);
+    // Errors of shutdown mean that the connection is gone already, which is what is wanted.
+    if copied.is_ok() {
         let _ = to.shutdown(Shutdown::Write);
+    } else {
+        let _ = to.shutdown(Shutdown::Both);
+        let _ = from.shutdown(Shutdown::Both);
     }
 }
 
@@ -46,9 +51,10 @@ fn main() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     for client in listener.incoming() {
-        let (client, target) = (client?, target.clone());
+        let target = target.clone();
+        // One connection that could not be accepted says nothing about the next.
         thread::spawn(move || {
-            if let Err(error) = forward(client, &target) {
+            if let Err(error) = client.and_then(|client| forward(client, &target)) {
                 eprintln!("{target}: {error}");
             }
         });
