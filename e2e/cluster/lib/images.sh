@@ -9,7 +9,11 @@ make_image() {
   mark=$({
     printf '%s\n' "$@"
     cat "$HERE/image/mkimage.py"
-    for source in "${@:3}"; do [ ! -f "${source%%=*}" ] || sha256sum "${source%%=*}"; done
+    for source in "${@:3}"; do
+      source=${source%%=*}
+      if [ -f "$source" ]; then sha256sum "$source"; fi
+      if [ -d "$source" ]; then find "$source" -printf '%P %s %m %l\n' | sort; fi
+    done
   } | sha256sum)
   [ -e "$file" ] && [ "$(cat "$file.inputs")" = "$mark" ] && return
   python3 "$HERE/image/mkimage.py" "$file.new" "$@"
@@ -35,8 +39,9 @@ POSTGRES_PACKAGES="postgresql-15 postgresql-client-15 postgresql-common postgres
 
 # PostgreSQL from Debian's packages with all that they need, unpacked.
 make_postgres_image() {
-  local tree=$CACHE/postgres-tree file packages applet
-  [ -e "$IMAGES/postgres.tar" ] && return
+  local tree=$CACHE/postgres-tree file packages applet wanted
+  wanted=$(declare -f make_postgres_image; echo "$POSTGRES_PACKAGES"; cat "$HERE/image/mkimage.py")
+  [ -e "$IMAGES/postgres.tar" ] && [ "$(cat "$IMAGES/postgres.wanted")" = "$wanted" ] && return
   rm -rf "$tree" "$CACHE/postgres-packages"
   mkdir -p "$tree/tmp" "$tree/bin" "$CACHE/postgres-packages"
   apt-get -qq update >&2
@@ -53,6 +58,7 @@ make_postgres_image() {
   for applet in $("$tree/bin/busybox" --list | grep -vx busybox); do [ -e "$tree/bin/$applet" ] || [ -e "$tree/usr/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"; done
   make_image postgres docker.io/lifeboat-e2e/postgres:15 '[]' "$tree=/" +USER=70:70 \
     +PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin +HOME=/tmp +LANG=C
+  echo "$wanted" >"$IMAGES/postgres.wanted"
   rm -rf "$tree"
 }
 
@@ -100,8 +106,19 @@ import_into() {
 }
 
 import_images() {
-  local node jobs=() job
-  for node in $NODES; do import_into "$node" pause coredns busybox postgres versitygw lifeboat & jobs+=($!); done
+  local node jobs=() job name names=()
+  for name in pause coredns busybox postgres versitygw lifeboat; do
+    if [ -e "$IMAGES/$name.tar" ]; then names+=("$name"); else say "the image $name is not made yet and is left out; \`images\` makes it"; fi
+  done
+  for node in $NODES; do import_into "$node" "${names[@]}" & jobs+=($!); done
   for job in "${jobs[@]}"; do wait "$job" || die "an import failed"; done
   say "images are on all nodes"
+}
+
+# An archive from anywhere on the machine
+import_file() { # FILE
+  local node jobs=() job
+  [ -f "$1" ] || die "there is no file $1"
+  for node in $NODES; do in_node "$node" env CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 /opt/node/bin/ctr -n k8s.io images import --local - <"$1" >/dev/null & jobs+=($!); done
+  for job in "${jobs[@]}"; do wait "$job" || die "an import of $1 failed"; done
 }

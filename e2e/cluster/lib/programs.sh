@@ -7,7 +7,7 @@ GO_FLAGS=(-trimpath -buildvcs=false -gcflags=all=-dwarf=false)
 needed_tools() {
   local missing=() pair
   for pair in cc:gcc pkg-config:pkg-config openssl:openssl python3:python3 ip:iproute2 losetup:mount nsenter:util-linux \
-    mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs column:bsdextrautils; do
+    mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs column:bsdextrautils sysctl:procps hostname:hostname; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
   done
   [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
@@ -24,7 +24,8 @@ part_inputs() {
     small) cat "$HERE/node/nsinit.c" "$HERE/image/pause.c" "$HERE/node/forward.rs" ;;
     kube | containerd | cni | coredns | runc) cat "$HERE/modules/kube/go.mod" "$HERE"/modules/kube/*/*.go ;;
     driver) cat "$REPO"/e2e/csi-driver/*.go "$REPO/e2e/csi-driver/go.mod" ;;
-    *) cat "$HERE/modules/$1/go.mod" ;;
+    csi | s3 | helm) cat "$HERE/modules/$1/go.mod" ;;
+    *) die "unknown part $1; there are: $PARTS" ;;
   esac
   echo "recipe $RECIPE"
 }
@@ -54,6 +55,7 @@ build_part() { # PART OUT
   case $1 in
     packages)
       mkdir -p "$out/deb" "$out/download"
+      apt-get -qq update >&2 # a fresh machine has no lists
       (cd "$out/download" && apt-get -qq download $(part_inputs packages | head -1))
       for file in "$out"/download/*.deb; do dpkg -x "$file" "$out/deb"; done
       rm -r "$out/download"
@@ -90,20 +92,24 @@ build_part() { # PART OUT
       for file in $module; do install -m 644 "$file"/config/crd/*storage*.yaml "$out/crd/"; done ;;
     driver) go_build "$REPO/e2e/csi-driver" "$out/lifeboat-test-csi" . ;;
     s3 | helm) go_build "$HERE/modules/$1" "$out/" tool ;;
-    *) die "unknown part $1; there are: $PARTS" ;;
   esac
 }
 
 # Builds what is missing, and makes $PROGRAMS a folder of links to all of it.
 build() {
-  local part folder links
+  local part folder links lock
   needed_tools
   command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
   [ $# -gt 0 ] || set -- $PARTS
   mkdir -p "$CACHE/programs"
+  exec {lock}>"$CACHE/programs/.lock" # tests start API servers at the same time, and each builds what is missing
+  flock "$lock"
   for part in "$@"; do
     folder=$(part_folder "$part")
-    [ -d "$folder" ] && continue
+    if [ -d "$folder" ]; then
+      touch "$folder"
+      continue
+    fi
     say "building $part ..."
     rm -rf "$folder.new"
     mkdir -p "$folder.new"
@@ -121,5 +127,10 @@ build() {
     done
     mv "$links.new" "$links"
   fi
-  ln -sfn "$links" "$PROGRAMS"
+  touch "$links"
+  ln -sfn "$links" "$PROGRAMS.new"
+  mv -T "$PROGRAMS.new" "$PROGRAMS" # at once: others look programs up meanwhile
+  # Nobody asked for it for two weeks, on any branch.
+  [ -n "${KEEP:-}" ] || find "$CACHE/programs" -mindepth 1 -maxdepth 1 -type d -mtime +14 -exec rm -rf {} +
+  exec {lock}>&-
 }
