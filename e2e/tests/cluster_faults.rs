@@ -1,5 +1,6 @@
 //! What dies in the middle, on a real cluster: agent, controller, object store, pod, and files that move while they are read.
 #![cfg(feature = "cluster")]
+#![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, ensure};
 use lifeboat_crds::{

@@ -147,7 +147,7 @@ async fn a_backup_comes_back(store: &Arc<dyn Store>) {
     let secret = Secret::passphrase("on a real server".into());
     let repository = Repository::init(Arc::clone(store), &secret, InitOptions::default()).await.unwrap();
     let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let large: Vec<u8> = (0..20_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let large: Vec<u8> = (0..20_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect();
     std::fs::write(source.path().join("large"), &large).unwrap();
     for number in 0..200 {
         std::fs::write(source.path().join(format!("small{number}")), format!("file {number}")).unwrap();

@@ -56,7 +56,7 @@ fn describe(path: &Path) -> String {
     let content = if kind.is_file() {
         blake3::hash(&fs::read(path).unwrap()).to_hex().to_string()
     } else if kind.is_symlink() {
-        format!("{:?}", fs::read_link(path).unwrap())
+        fs::read_link(path).unwrap().display().to_string()
     } else {
         format!("{kind:?}")
     };
