@@ -158,6 +158,9 @@ pub enum RestoreError {
         /// What the system said.
         source: io::Error,
     },
+    /// The target's file system cannot keep what was written.
+    #[error("the target cannot be flushed to its disk")]
+    Flush(#[source] io::Error),
     /// A worker ended unexpectedly.
     #[error("a worker of the restore failed")]
     Worker(#[from] tokio::task::JoinError),
@@ -170,7 +173,9 @@ impl Classified for RestoreError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::OpenTarget { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorClass::NotFound,
-            Self::OpenTarget { .. } | Self::Worker(_) | Self::Cancelled | Self::Full { .. } => ErrorClass::Local,
+            Self::OpenTarget { .. } | Self::Flush(_) | Self::Worker(_) | Self::Cancelled | Self::Full { .. } => {
+                ErrorClass::Local
+            }
             Self::NotATree | Self::NothingSelected { .. } => ErrorClass::Invalid,
             Self::Manifest(error) => error.class(),
             Self::Read(error) => error.class(),

@@ -72,6 +72,11 @@ impl Target {
         }
     }
 
+    /// Makes everything durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(self.beneath.root())?)
+    }
+
     /// Whether to go on.
     pub(super) fn check(&self) -> Result<(), RestoreError> {
         if let Some(fatal) = self.outcome().fatal.take() {

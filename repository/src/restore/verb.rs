@@ -95,6 +95,9 @@ impl Restore {
             self.write_links().await?;
         }
         self.finish_directories().await?;
+        // Some file systems tell of a lack of room only when they write back.
+        let target = Arc::clone(&self.target);
+        spawn_blocking(move || target.flush()).await?.map_err(RestoreError::Flush)?;
         self.target.check()?;
         let (counts, failed) = self.target.report();
         Ok(Some(RestoreReport { counts, failed }))
