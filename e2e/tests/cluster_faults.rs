@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, ensure};
+use kube::ResourceExt;
 use lifeboat_crds::{
     Backup, VolumeTask,
     backup::Phase,
@@ -13,8 +14,26 @@ use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, launcher, run, scenario};
 /// Data that takes some seconds to read: it cannot be compressed.
 const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i bs=1M count=100 2>/dev/null; done; sync";
 
-/// Starts a backup of a large volume and waits until an agent is in the middle of it.
-async fn in_the_middle(s: &Scenario, name: &str) -> Result<VolumeTask> {
+/// The object store answers nobody until this is dropped.
+struct StoreHeld;
+
+impl StoreHeld {
+    fn hold() -> Result<Self> {
+        launcher(&["pause", "s3"])?;
+        Ok(Self)
+    }
+}
+
+impl Drop for StoreHeld {
+    fn drop(&mut self) {
+        if let Err(error) = launcher(&["resume", "s3"]) {
+            println!("the object store is still held: {error:#}");
+        }
+    }
+}
+
+/// Starts a backup of a large volume, waits until an agent is in the middle of it, and holds the store so that it stays there.
+async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHeld)> {
     s.start_backup(name, serde_json::json!({"plan": s.plan()})).await?;
     let api: kube::Api<VolumeTask> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
     let mut found = None;
@@ -27,7 +46,14 @@ async fn in_the_middle(s: &Scenario, name: &str) -> Result<VolumeTask> {
         Ok(found.is_some())
     })
     .await?;
-    found.context("the task")
+    let held = StoreHeld::hold()?;
+    let task = api.get(&found.context("the task")?.name_any()).await?;
+    let conditions = task.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    ensure!(
+        !conditions::is_finished(conditions),
+        "the agent was done before the store was held: make the volume larger"
+    );
+    Ok((task, held))
 }
 
 fn kill_pods(selector: &str) -> Result<()> {
@@ -49,7 +75,7 @@ fn an_agent_killed_in_the_middle_is_succeeded_by_another() {
     scenario("agent-killed", async |s: Scenario| {
         s.sleeper("app")?;
         s.shell("app", FILL)?;
-        let task = in_the_middle(&s, "b").await?;
+        let (task, held) = in_the_middle(&s, "b").await?;
         let node = format!("--field-selector=spec.nodeName={}", task.spec.node_name);
         let agents = [
             "-n",
@@ -63,6 +89,7 @@ fn an_agent_killed_in_the_middle_is_succeeded_by_another() {
             "--force",
         ];
         run("kubectl", &agents, "")?;
+        drop(held);
         s.backup_succeeded("b").await?;
         restores(&s).await
     });
@@ -73,8 +100,9 @@ fn a_controller_killed_in_the_middle_is_succeeded_by_another() {
     scenario("controller-killed", async |s: Scenario| {
         s.sleeper("app")?;
         s.shell("app", FILL)?;
-        in_the_middle(&s, "b").await?;
+        let (_, held) = in_the_middle(&s, "b").await?;
         kill_pods("app.kubernetes.io/component=controller")?;
+        drop(held);
         s.backup_succeeded("b").await?;
         s.eventually("the tasks to be gone", async || Ok(s.leftovers().await?.is_empty())).await
     });
@@ -85,7 +113,8 @@ fn an_object_store_that_goes_away_for_a_while_costs_time_only() {
     scenario("store-away", async |s: Scenario| {
         s.sleeper("app")?;
         s.shell("app", FILL)?;
-        in_the_middle(&s, "b").await?;
+        let (_, held) = in_the_middle(&s, "b").await?;
+        drop(held);
         launcher(&["s3", "stop"])?;
         tokio::time::sleep(std::time::Duration::from_secs(4)).await;
         launcher(&["s3", "start"])?;
@@ -101,9 +130,10 @@ fn a_pod_that_vanishes_in_the_middle_fails_the_backup_and_harms_nothing() {
         s.shell("app", "echo first > /data/file; sync")?;
         s.back_up("first").await?;
         s.shell("app", FILL)?;
-        in_the_middle(&s, "second").await?;
+        let (_, held) = in_the_middle(&s, "second").await?;
         s.kubectl(&["delete", "pod", "app", "--grace-period=0", "--force"])?;
         let (_, message) = s.backup_failed("second", "PodVanished").await?;
+        drop(held);
         ensure!(message.contains("app"), "{message}");
         s.eventually("the tasks to be gone", async || Ok(s.leftovers().await?.is_empty())).await?;
         s.lose_namespace()?;
