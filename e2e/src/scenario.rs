@@ -397,6 +397,26 @@ pub fn store() -> (String, String, String) {
     (read("REPOSITORY_ENDPOINT"), read("AWS_ACCESS_KEY_ID"), read("AWS_SECRET_ACCESS_KEY"))
 }
 
+/// The object store answers nobody until this is dropped.
+#[must_use]
+pub struct StoreHeld;
+
+impl StoreHeld {
+    /// Holds it.
+    pub fn hold() -> Result<Self> {
+        launcher(&["pause", "s3"])?;
+        Ok(Self)
+    }
+}
+
+impl Drop for StoreHeld {
+    fn drop(&mut self) {
+        if let Err(error) = launcher(&["resume", "s3"]) {
+            println!("the object store is still held: {error:#}");
+        }
+    }
+}
+
 /// Runs a verb of the cluster launcher; returns its standard output.
 pub fn launcher(arguments: &[&str]) -> Result<String> {
     let program = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("cluster/cluster");

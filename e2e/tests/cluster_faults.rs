@@ -9,28 +9,10 @@ use lifeboat_crds::{
     backup::Phase,
     conditions::{self, ConditionType},
 };
-use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, launcher, run, scenario};
+use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, run, scenario};
 
 /// Data that takes some seconds to read: it cannot be compressed.
 const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i bs=1M count=100 2>/dev/null; done; sync";
-
-/// The object store answers nobody until this is dropped.
-struct StoreHeld;
-
-impl StoreHeld {
-    fn hold() -> Result<Self> {
-        launcher(&["pause", "s3"])?;
-        Ok(Self)
-    }
-}
-
-impl Drop for StoreHeld {
-    fn drop(&mut self) {
-        if let Err(error) = launcher(&["resume", "s3"]) {
-            println!("the object store is still held: {error:#}");
-        }
-    }
-}
 
 /// Starts a backup of a large volume, waits until an agent is in the middle of it, and holds the store so that it stays there.
 async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHeld)> {

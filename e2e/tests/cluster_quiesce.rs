@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use lifeboat_crds::{Backup, backup::Consistency};
-use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, scenario};
+use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, scenario};
 use serde_json::{Value, json};
 
 fn plan_with(s: &Scenario, quiesce: &Value) -> Value {
@@ -83,7 +83,12 @@ fn the_longest_freeze_is_kept_even_when_the_reading_takes_longer() {
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=800 2>/dev/null; sync")?;
         let quiesce = json!({"maxFreeze": "1s", "steps": [step("date +%s > /tmp/frozen", "date +%s > /tmp/thawed")]});
         s.start_backup("b", plan_with(&s, &quiesce)).await?;
+        s.eventually("the freeze", async || Ok(s.shell("app", "cat /tmp/frozen 2>/dev/null; true")?.contains('1')))
+            .await?;
+        // However fast the volume is read, it does not end before the deadline.
+        let held = StoreHeld::hold()?;
         s.backup_failed("b", "FreezeDeadline").await?;
+        drop(held);
         let frozen: u64 = s.shell("app", "cat /tmp/frozen")?.trim().parse()?;
         let thawed: u64 = s.shell("app", "cat /tmp/thawed")?.trim().parse()?;
         ensure!(thawed - frozen <= 3, "frozen for {} s", thawed - frozen);
