@@ -74,7 +74,7 @@ impl Reporter {
         let now = Time(jiff::Timestamp::now());
         self.status.phase = Phase::Running;
         self.status.agent = Some(agent.to_owned());
-        self.status.session = None;
+        // The session of the attempt before stays named until it is aborted and another takes its place.
         self.status.attempts += 1;
         self.status.start_time.get_or_insert(now.clone());
         self.status.heartbeat_time = Some(now);

@@ -56,7 +56,8 @@ where
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("start a runtime");
     runtime.block_on(async {
         let scenario = Scenario::begin(name).await.expect("set the scenario up");
-        match body(scenario.clone()).await {
+        let began = Instant::now();
+        match body(scenario.clone()).await.and_then(|()| no_program_panicked(began.elapsed())) {
             Ok(()) => scenario.end().expect("clean the scenario up"),
             Err(error) => {
                 scenario.explain();
@@ -365,6 +366,22 @@ spec:
         show(&["-n", INSTALLED_IN, "logs", "deployment/lifeboat-controller", "--tail=60"]);
         show(&["-n", INSTALLED_IN, "logs", "daemonset/lifeboat-agent", "--tail=40", "--all-pods=true", "--prefix"]);
     }
+}
+
+/// Fails when a log of the last `span` has a panic or an error of a kind that our programs never write knowingly.
+fn no_program_panicked(span: Duration) -> Result<()> {
+    // What the scenario killed is back first: a container that only starts has no log.
+    for workload in ["deployment/lifeboat-controller", "daemonset/lifeboat-agent"] {
+        run("kubectl", &["-n", INSTALLED_IN, "rollout", "status", workload, "--timeout=120s"], "")?;
+    }
+    let since = format!("--since={}s", span.as_secs() + 1);
+    let selector = "app.kubernetes.io/name=lifeboat";
+    let all = ["-n", INSTALLED_IN, "logs", "-l", selector, &since, "--tail=-1", "--prefix", "--max-log-requests=20"];
+    let logs = run("kubectl", &all, "")?;
+    let bad: Vec<_> =
+        logs.lines().filter(|line| line.contains("panicked at") || line.contains("\"level\":\"ERROR\"")).collect();
+    ensure!(bad.is_empty(), "our programs said:\n{}", bad.join("\n"));
+    Ok(())
 }
 
 /// A pod that sleeps, with a claim at `/data`.
