@@ -25,14 +25,19 @@ type driver struct {
 	csi.UnimplementedSnapshotMetadataServer
 	options
 	pool    pool
+	medium  medium
 	records records
-	loops   loopDevices
+	faults  faults
 	mu      sync.Mutex
 }
 
 // openDriver prepares the pool; several instances may do so at the same time.
 func openDriver(o options) (*driver, error) {
-	d := &driver{options: o, pool: pool{o.pool}, records: records{filepath.Join(o.pool, "records")}}
+	d := &driver{options: o, pool: pool{o.pool}, records: records{filepath.Join(o.pool, "records")}, faults: faults{o.faults}}
+	d.medium = &images{pool: d.pool}
+	if o.trees {
+		d.medium = &trees{pool: d.pool}
+	}
 	for _, dir := range []string{d.pool.snapshots(), d.records.dir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make the pool: %w", err)
@@ -105,10 +110,9 @@ func (d *driver) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, 
 }
 
 func (d *driver) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
-	services := []csi.PluginCapability_Service_Type{
-		csi.PluginCapability_Service_CONTROLLER_SERVICE,
-		csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE,
-		csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,
+	services := []csi.PluginCapability_Service_Type{csi.PluginCapability_Service_CONTROLLER_SERVICE}
+	if d.hasDevices() {
+		services = append(services, csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE, csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE)
 	}
 	if d.topology {
 		services = append(services, csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS)

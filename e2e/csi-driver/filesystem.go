@@ -144,38 +144,3 @@ func unmount(path string) error {
 	}
 	return nil
 }
-
-// freeze stops the writers of the image's file system, in whatever mount namespace it is mounted:
-// a second mount of the same device is the same superblock. An image that no node has attached,
-// or that has no file system, needs no freezing.
-func (p pool) freeze(image string) (thaw func() error, err error) {
-	nothing := func() error { return nil }
-	dev, err := loopOf(image)
-	if err != nil || dev == "" {
-		return nothing, err
-	}
-	fsType, err := fsTypeOf(dev)
-	if err != nil || fsType == "" {
-		return nothing, err
-	}
-	dir, err := os.MkdirTemp(p.dir, "freeze-")
-	if err != nil {
-		return nil, err
-	}
-	if err := command("mount", "-t", fsType, dev, dir); err != nil {
-		return nil, errors.Join(err, os.Remove(dir))
-	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, errors.Join(err, unmount(dir), os.Remove(dir))
-	}
-	const fiFreeze, fiThaw = 0xc0045877, 0xc0045878
-	leave := func() error { return errors.Join(f.Close(), unmount(dir), os.Remove(dir)) }
-	if err := ioctl(f, fiFreeze, nil); err != nil {
-		return nil, errors.Join(fmt.Errorf("freeze %s: %w", dev, err), leave())
-	}
-	return func() error {
-		err := ioctl(f, fiThaw, nil)
-		return errors.Join(err, leave())
-	}, nil
-}

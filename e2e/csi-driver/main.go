@@ -1,5 +1,5 @@
 // Lifeboat's test CSI driver: volumes are image files in one btrfs subvolume, so that a
-// snapshot is an atomic cut and a group snapshot is one over several volumes.
+// snapshot is an atomic cut and a group snapshot is one over several volumes; or subvolumes.
 // It is a part of the tests and must never be an image of the chart.
 package main
 
@@ -11,6 +11,7 @@ import (
 	"log"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -25,7 +26,9 @@ type options struct {
 	pool            string // a directory on btrfs
 	registrationDir string // empty: does not register with a kubelet
 	topology        bool
-	capacity        int64 // bytes
+	trees           bool
+	faults          string // the control file
+	capacity        int64  // bytes
 }
 
 func parseOptions(args []string) (options, error) {
@@ -37,9 +40,14 @@ func parseOptions(args []string) (options, error) {
 	f.StringVar(&o.pool, "pool", "", "btrfs directory that all instances share (required)")
 	f.StringVar(&o.registrationDir, "registration-dir", "", "the kubelet's plugins_registry; empty: do not register")
 	f.BoolVar(&o.topology, "topology", false, "a volume can be used on one node only")
+	f.BoolVar(&o.trees, "trees", false, "volumes are file trees that several nodes share, not block devices")
+	f.StringVar(&o.faults, "faults", "", "file that says what goes wrong on purpose (default: faults in the pool)")
 	f.Int64Var(&o.capacity, "capacity", 100<<30, "bytes that all volumes together may claim")
 	if err := f.Parse(args); err != nil {
 		return o, err
+	}
+	if o.faults == "" {
+		o.faults = filepath.Join(o.pool, "faults")
 	}
 	o.endpoint = strings.TrimPrefix(o.endpoint, "unix://")
 	switch {
@@ -56,6 +64,12 @@ func parseOptions(args []string) (options, error) {
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "fault" {
+		if err := controlFaults(os.Args[2:]); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	o, err := parseOptions(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		return

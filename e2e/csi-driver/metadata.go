@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"log"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -32,14 +34,19 @@ func (d *driver) GetMetadataAllocated(q *csi.GetMetadataAllocatedRequest, out cs
 	if err != nil {
 		return err
 	}
-	data, err := extents(d.pool.snapshotImage(s.ID))
+	lie, err := d.lieAbout(out.Context(), "GetMetadataAllocated", s)
+	if err != nil {
+		return err
+	}
+	data, err := extents(d.medium.snapshotPath(s.ID))
 	if err != nil {
 		return internal(err)
 	}
-	return replies(data, s.Size, q.StartingOffset, int(q.MaxResults), func(b []*csi.BlockMetadata) error {
+	ranges, send := lying(lie, data, s.Size, func(b []*csi.BlockMetadata) error {
 		return out.Send(&csi.GetMetadataAllocatedResponse{BlockMetadataType: csi.BlockMetadataType_VARIABLE_LENGTH,
 			VolumeCapacityBytes: s.Size, BlockMetadata: b})
 	})
+	return replies(ranges, s.Size, q.StartingOffset, int(q.MaxResults), send)
 }
 
 func (d *driver) GetMetadataDelta(q *csi.GetMetadataDeltaRequest, out csi.SnapshotMetadata_GetMetadataDeltaServer) error {
@@ -54,22 +61,35 @@ func (d *driver) GetMetadataDelta(q *csi.GetMetadataDeltaRequest, out csi.Snapsh
 	if base.Volume != target.Volume {
 		return status.Error(codes.FailedPrecondition, "the snapshots are of different volumes")
 	}
-	old, err := extents(d.pool.snapshotImage(base.ID))
+	lie, err := d.lieAbout(out.Context(), "GetMetadataDelta", target)
+	if err != nil {
+		return err
+	}
+	old, err := extents(d.medium.snapshotPath(base.ID))
 	if err != nil {
 		return internal(err)
 	}
-	now, err := extents(d.pool.snapshotImage(target.ID))
+	now, err := extents(d.medium.snapshotPath(target.ID))
 	if err != nil {
 		return internal(err)
 	}
-	ranges := changed(old, now, target.Size)
-	if target.HideOneChange && len(ranges) > 0 {
-		ranges = ranges[:len(ranges)-1]
+	if lie == "" && target.HideOneChange {
+		lie = lieIncomplete
 	}
-	return replies(ranges, target.Size, q.StartingOffset, int(q.MaxResults), func(b []*csi.BlockMetadata) error {
+	ranges, send := lying(lie, changed(old, now, target.Size), target.Size, func(b []*csi.BlockMetadata) error {
 		return out.Send(&csi.GetMetadataDeltaResponse{BlockMetadataType: csi.BlockMetadataType_VARIABLE_LENGTH,
 			VolumeCapacityBytes: target.Size, BlockMetadata: b})
 	})
+	return replies(ranges, target.Size, q.StartingOffset, int(q.MaxResults), send)
+}
+
+// lieAbout is what the faults say about a list of this snapshot's blocks, after they hung or failed it.
+func (d *driver) lieAbout(ctx context.Context, call string, s *snapshot) (lie string, err error) {
+	all, err := d.faults.before(ctx, call, s.Claim)
+	for _, f := range all {
+		lie = f.lie
+	}
+	return lie, err
 }
 
 // replies joins neighbouring ranges, leaves out what ends before start, and sends at most limit
@@ -101,4 +121,27 @@ func replies(ranges []extent, size, start int64, limit int, send func([]*csi.Blo
 		batch = append(batch, &csi.BlockMetadata{ByteOffset: from, SizeBytes: to - from})
 	}
 	return send(batch)
+}
+
+// lying changes a list of ranges and how it is sent, as the fault says.
+func lying(lie string, ranges []extent, size int64, send func([]*csi.BlockMetadata) error) ([]extent, func([]*csi.BlockMetadata) error) {
+	switch lie {
+	case lieIncomplete:
+		return ranges[:max(len(ranges)-1, 0)], send
+	case lieEmpty:
+		return nil, send
+	case lieBeyond:
+		return ranges, func(b []*csi.BlockMetadata) error {
+			return send(append(b, &csi.BlockMetadata{ByteOffset: size + blockSize, SizeBytes: blockSize}))
+		}
+	case lieBroken:
+		return ranges, func(b []*csi.BlockMetadata) error {
+			if err := send(b[:len(b)/2]); err != nil {
+				return err
+			}
+			log.Print("injected: the stream breaks")
+			return status.Error(codes.Unavailable, "injected: the stream breaks")
+		}
+	}
+	return ranges, send
 }

@@ -22,12 +22,14 @@ func (d *driver) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.Nod
 
 func (d *driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	r := &csi.NodeGetCapabilitiesResponse{}
-	for _, t := range []csi.NodeServiceCapability_RPC_Type{
-		csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME,
+	all := []csi.NodeServiceCapability_RPC_Type{
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
-		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
-	} {
+	}
+	if d.hasDevices() {
+		all = append(all, csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME, csi.NodeServiceCapability_RPC_EXPAND_VOLUME)
+	}
+	for _, t := range all {
 		r.Capabilities = append(r.Capabilities, &csi.NodeServiceCapability{Type: &csi.NodeServiceCapability_Rpc{
 			Rpc: &csi.NodeServiceCapability_RPC{Type: t}}})
 	}
@@ -38,68 +40,36 @@ func (d *driver) NodeStageVolume(_ context.Context, q *csi.NodeStageVolumeReques
 	if q.VolumeId == "" || q.StagingTargetPath == "" || q.VolumeCapability == nil {
 		return nil, invalid("volume id, staging path or capability is missing")
 	}
-	unlock, err := d.lock()
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	v, err := load[volume](d.records, q.VolumeId)
-	if err != nil {
-		return nil, missing(err, "volume", q.VolumeId)
-	}
-	dev, err := d.loops.attach(d.pool.volumeImage(v.ID))
+	err := d.locked(q.VolumeId, func(m devices, v *volume) error {
+		return m.stage(v, q.VolumeCapability, q.StagingTargetPath)
+	})
 	if err != nil {
 		return nil, internal(err)
 	}
-	if q.VolumeCapability.GetBlock() != nil {
-		return &csi.NodeStageVolumeResponse{}, nil
-	}
-	if err := stageFS(v, dev, q.StagingTargetPath, q.VolumeCapability.GetMount()); err != nil {
-		// nothing will unstage what was never staged
-		return nil, internal(errors.Join(err, d.loops.detach(d.pool.volumeImage(v.ID))))
-	}
 	return &csi.NodeStageVolumeResponse{}, nil
-}
-
-func stageFS(v *volume, dev, path string, m *csi.VolumeCapability_MountVolume) error {
-	if mounted, err := isMounted(path); err != nil || mounted {
-		return err
-	}
-	fsType, err := fsTypeOf(dev)
-	if err != nil {
-		return err
-	}
-	if fsType == "" {
-		if fsType = m.GetFsType(); fsType == "" {
-			fsType = v.FsType
-		}
-		if err := makeFS(fsType, dev); err != nil {
-			return err
-		}
-	}
-	return mountDevice(fsType, dev, path, m.GetMountFlags())
 }
 
 func (d *driver) NodeUnstageVolume(_ context.Context, q *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
 	if q.VolumeId == "" || q.StagingTargetPath == "" {
 		return nil, invalid("volume id or staging path is missing")
 	}
+	m, err := d.onlyForDevices()
+	if err != nil {
+		return nil, err
+	}
 	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := unmount(q.StagingTargetPath); err != nil {
-		return nil, internal(err)
-	}
-	if err := d.loops.detach(d.pool.volumeImage(q.VolumeId)); err != nil {
+	if err := m.unstage(q.VolumeId, q.StagingTargetPath); err != nil { // also of a volume that has no record any more
 		return nil, internal(err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
 }
 
 func (d *driver) NodePublishVolume(_ context.Context, q *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	if q.VolumeId == "" || q.TargetPath == "" || q.StagingTargetPath == "" || q.VolumeCapability == nil {
+	if q.VolumeId == "" || q.TargetPath == "" || q.VolumeCapability == nil || (d.hasDevices() && q.StagingTargetPath == "") {
 		return nil, invalid("volume id, target path, staging path or capability is missing")
 	}
 	unlock, err := d.lock()
@@ -122,11 +92,12 @@ func (d *driver) NodePublishVolume(_ context.Context, q *csi.NodePublishVolumeRe
 	if err := v.mayPublish(q.TargetPath, single); err != nil {
 		return nil, err
 	}
-	source := q.StagingTargetPath
-	if q.VolumeCapability.GetBlock() != nil {
-		if source, err = d.loops.attach(d.pool.volumeImage(v.ID)); err != nil {
-			return nil, internal(err)
-		}
+	block := q.VolumeCapability.GetBlock() != nil
+	source, err := d.medium.source(v, q.StagingTargetPath, block)
+	if err != nil {
+		return nil, internal(err)
+	}
+	if block {
 		err = makeFile(q.TargetPath)
 	} else {
 		err = os.MkdirAll(q.TargetPath, 0o750)
@@ -218,32 +189,18 @@ func (d *driver) NodeExpandVolume(_ context.Context, q *csi.NodeExpandVolumeRequ
 	if q.VolumeId == "" || q.VolumePath == "" {
 		return nil, invalid("volume id or path is missing")
 	}
-	unlock, err := d.lock()
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	v, err := load[volume](d.records, q.VolumeId)
-	if err != nil {
-		return nil, missing(err, "volume", q.VolumeId)
-	}
-	if _, err := os.Stat(q.VolumePath); err != nil {
-		return nil, missing(err, "volume path", q.VolumePath)
-	}
-	dev, err := d.loops.attach(d.pool.volumeImage(v.ID)) // also makes the device as large as the image
+	r := &csi.NodeExpandVolumeResponse{}
+	err := d.locked(q.VolumeId, func(m devices, v *volume) error {
+		if _, err := os.Stat(q.VolumePath); err != nil {
+			return missing(err, "volume path", q.VolumePath)
+		}
+		r.CapacityBytes = v.Size
+		return m.grow(v, q.VolumePath)
+	})
 	if err != nil {
 		return nil, internal(err)
 	}
-	if !v.Block {
-		fsType, err := fsTypeOf(dev)
-		if err != nil {
-			return nil, internal(err)
-		}
-		if err := growMounted(fsType, dev, q.VolumePath); err != nil {
-			return nil, status.Errorf(codes.FailedPrecondition, "%v (ext4 grows at its next staging)", err)
-		}
-	}
-	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.Size}, nil
+	return r, nil
 }
 
 func (d *driver) NodeGetVolumeStats(_ context.Context, q *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {

@@ -14,17 +14,16 @@ import (
 
 // pool is the btrfs directory with everything in it:
 //
-//	volumes/    one subvolume with the image of each volume
-//	snapshots/  one image per snapshot (shares its data with the volume)
+//	volumes/    one subvolume with the image of each volume, or a subvolume each
+//	snapshots/  one image or read-only subvolume per snapshot (shares its data with the volume)
 //	records/    what the driver knows of them
+//	faults      what goes wrong on purpose
 //	cut-*       read-only snapshot of volumes/, only while a group snapshot is taken
 //	freeze-*    mount points, only while a file system is frozen
 type pool struct{ dir string }
 
-func (p pool) volumes() string                { return filepath.Join(p.dir, "volumes") }
-func (p pool) snapshots() string              { return filepath.Join(p.dir, "snapshots") }
-func (p pool) volumeImage(id string) string   { return filepath.Join(p.volumes(), id+".img") }
-func (p pool) snapshotImage(id string) string { return filepath.Join(p.snapshots(), id+".img") }
+func (p pool) volumes() string   { return filepath.Join(p.dir, "volumes") }
+func (p pool) snapshots() string { return filepath.Join(p.dir, "snapshots") }
 
 // prepare makes the subvolume and removes what an instance that died amid a cut left.
 // The caller holds the pool's lock, so no cut is under way.
@@ -55,37 +54,6 @@ func (p pool) prepare() error {
 		}
 	}
 	return nil
-}
-
-// makeImage gives a sparse image of size bytes, with the content of from when it is not empty.
-func makeImage(path, from string, size int64) error {
-	if from != "" {
-		if err := reflink(from, path); err != nil {
-			return err
-		}
-	} else if err := os.WriteFile(path, nil, 0o600); err != nil {
-		return err
-	}
-	return os.Truncate(path, size)
-}
-
-// reflink is atomic for one file: the kernel holds the source's inode for the whole range.
-func reflink(src, dst string) (err error) {
-	s, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer s.Close()
-	tmp := dst + ".tmp"
-	d, err := os.OpenFile(tmp, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	err = unix.IoctlFileClone(int(d.Fd()), int(s.Fd()))
-	if err = errors.Join(err, d.Close()); err != nil {
-		return errors.Join(fmt.Errorf("clone %s: %w", src, err), os.Remove(tmp))
-	}
-	return os.Rename(tmp, dst)
 }
 
 // struct btrfs_ioctl_vol_args and btrfs_ioctl_vol_args_v2 of linux/btrfs.h
@@ -138,14 +106,17 @@ func destroySubvolume(path string) error {
 	return inParent(path, btrfsSnapshotDestroy, unsafe.Pointer(&a))
 }
 
-// snapshotSubvolume is one transaction of the pool's file system: atomic over all images.
-func snapshotSubvolume(src, dst string) error {
+// snapshotSubvolume is one transaction of the pool's file system: atomic over all files in it.
+func snapshotSubvolume(src, dst string, readOnly bool) error {
 	s, err := os.Open(src)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	a := snapshotArgs{source: uint64(s.Fd()), flags: btrfsReadOnly}
+	a := snapshotArgs{source: uint64(s.Fd())}
+	if readOnly {
+		a.flags = btrfsReadOnly
+	}
 	copy(a.name[:], filepath.Base(dst))
 	return inParent(dst, btrfsSnapshotCreate2, unsafe.Pointer(&a))
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -38,7 +39,7 @@ func TestMain(m *testing.M) {
 
 // withDriver fails also when the driver does not end cleanly.
 func withDriver(run func() int) (int, error) {
-	c, err := startDriver("n1", socket)
+	c, err := startDriver("n1", socket, strings.Fields(os.Getenv("LIFEBOAT_CSI_FLAGS"))...)
 	if err != nil {
 		return 1, err
 	}

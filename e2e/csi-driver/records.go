@@ -24,6 +24,8 @@ type volume struct {
 	Size           int64 // bytes
 	Block          bool
 	FsType         string
+	ReadOnly       bool
+	Claim          string // namespace/name, when the sidecar says it
 	Node           string // with topology: the only node that may use it
 	SourceVolume   string
 	SourceSnapshot string
@@ -35,6 +37,7 @@ type volume struct {
 type snapshot struct {
 	ID, Name      string
 	Volume        string
+	Claim         string // of the volume
 	Group         string
 	Size          int64 // bytes
 	Created       time.Time

@@ -10,7 +10,8 @@ import (
 	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
 )
 
-// TestSanity is the conformance suite of the CSI project.
+// TestSanity is the conformance suite of the CSI project; it runs once a process, on the driver that
+// LIFEBOAT_CSI_FLAGS asks for.
 func TestSanity(t *testing.T) {
 	c := sanity.NewTestConfig()
 	c.Address = socket

@@ -18,12 +18,14 @@ import (
 // serve runs until ctx is done. Without a kubelet (no registration directory) only the
 // CSI socket is served.
 func serve(ctx context.Context, d *driver) error {
-	s := grpc.NewServer(grpc.UnaryInterceptor(logCall), grpc.StreamInterceptor(logStream))
+	s := grpc.NewServer(grpc.ChainUnaryInterceptor(logCall, d.injectFaults), grpc.StreamInterceptor(logStream))
 	csi.RegisterIdentityServer(s, d)
 	csi.RegisterControllerServer(s, d)
-	csi.RegisterGroupControllerServer(s, d)
 	csi.RegisterNodeServer(s, d)
-	csi.RegisterSnapshotMetadataServer(s, d)
+	if d.hasDevices() {
+		csi.RegisterGroupControllerServer(s, d)
+		csi.RegisterSnapshotMetadataServer(s, d)
+	}
 	l, err := listen(d.endpoint)
 	if err != nil {
 		return err

@@ -89,7 +89,7 @@ func (d *driver) DeleteSnapshot(_ context.Context, q *csi.DeleteSnapshotRequest)
 }
 
 func (d *driver) discard(id string) error {
-	return errors.Join(removeFile(d.pool.snapshotImage(id)), remove[snapshot](d.records, id), remove[attempts](d.records, id))
+	return errors.Join(d.medium.destroy(d.medium.snapshotPath(id)), remove[snapshot](d.records, id), remove[attempts](d.records, id))
 }
 
 func (d *driver) ListSnapshots(_ context.Context, q *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {

@@ -62,16 +62,17 @@ formatted() { local bad; bad=$(gofmt -l .); [ -z "$bad" ] || { echo "not formatt
 vetted() { go vet ./... && go vet -tags pool ./...; }
 build() { go build -ldflags "-s -w" -o "$WORK/lifeboat-test-csi" . && ! ldd "$WORK/lifeboat-test-csi"; }
 on_pool() { LIFEBOAT_CSI_WORK=$WORK go test -tags pool -count=1 -v -timeout 300s . "$@"; }
-sanity() {
-  on_pool -run '^TestSanity$' -args -ginkgo.no-color && grep -qE '[1-9][0-9]* Passed' "$OUT" || return 1
+sanity() { # FLAGS: those of the driver
+  LIFEBOAT_CSI_FLAGS=$1 on_pool -run '^TestSanity$' -args -ginkgo.no-color && grep -qE '[1-9][0-9]* Passed' "$OUT" || return 1
 }
 make_pool() {
   mkdir "$WORK/pool" && truncate -s 20G "$WORK/pool.img" && mkfs.btrfs -q "$WORK/pool.img" && mount -o loop,noatime "$WORK/pool.img" "$WORK/pool"
 }
+passed_specs() { sed -n 's/.*-- \([0-9]* Passed | [0-9]* Failed\).*/\1/p' "$OUT"; }
 left_behind() { # nothing of the tests in the pool, and no loop device on it
   local bad=0 device left
   device=$(stat -c '%Hd:%Ld' "$WORK/pool/volumes")
-  for d in volumes snapshots; do
+  for d in volumes snapshots trees/volumes trees/snapshots; do
     left=$(ls "$WORK/pool/$d"); [ -z "$left" ] || { echo "left in $d: $left"; bad=1; }
   done
   left=$(find "$WORK/pool" -maxdepth 1 \( -name 'cut-*' -o -name 'freeze-*' \)); [ -z "$left" ] || { echo "left: $left"; bad=1; }
@@ -86,8 +87,10 @@ stage unit go test -count=1 -v .
 if [ "$what" = all ]; then
   stage build build
   stage pool make_pool
-  stage sanity sanity
-  specs=$(sed -n 's/.*-- \([0-9]* Passed | [0-9]* Failed\).*/\1/p' "$OUT")
+  stage sanity sanity ""
+  specs=$(passed_specs)
+  stage "sanity, file trees" sanity "--trees --pool $WORK/pool/trees"
+  specs+="; of file trees: $(passed_specs)"
   stage "cuts, volumes, faults" on_pool -skip '^TestSanity$'
   stage "nothing left behind" left_behind
 fi

@@ -160,41 +160,66 @@ func TestPage(t *testing.T) {
 	}
 }
 
+func withMode(m csi.VolumeCapability_AccessMode_Mode, c *csi.VolumeCapability) *csi.VolumeCapability {
+	c.AccessMode.Mode = m
+	return c
+}
+
 func TestUsable(t *testing.T) {
-	mode := func(m csi.VolumeCapability_AccessMode_Mode) *csi.VolumeCapability {
-		c := mountCapability("xfs")
-		c.AccessMode.Mode = m
-		return c
+	const (
+		one  = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+		many = csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER
+		read = csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
+	)
+	device := &csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: one},
+		AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}}
+	tree := func(m csi.VolumeCapability_AccessMode_Mode) *csi.VolumeCapability {
+		return withMode(m, mountCapability("xfs"))
 	}
-	block, fsType, err := usable([]*csi.VolumeCapability{mode(csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER)})
-	if block || fsType != "xfs" || err != nil {
-		t.Errorf("got %v %q %v", block, fsType, err)
-	}
-	for _, bad := range [][]*csi.VolumeCapability{nil, {{}}, {mode(csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER)}} {
-		if _, _, err := usable(bad); status.Code(err) != codes.InvalidArgument {
-			t.Errorf("%v: got %v", bad, err)
+	for name, c := range map[string]struct {
+		m    medium
+		caps []*csi.VolumeCapability
+		want volumeKind
+		code codes.Code
+	}{
+		"image":                {&images{}, []*csi.VolumeCapability{tree(one)}, volumeKind{fsType: "xfs"}, codes.OK},
+		"raw image":            {&images{}, []*csi.VolumeCapability{device}, volumeKind{block: true, fsType: "ext4"}, codes.OK},
+		"shared image":         {&images{}, []*csi.VolumeCapability{tree(many)}, volumeKind{}, codes.InvalidArgument},
+		"image, nothing":       {&images{}, nil, volumeKind{}, codes.InvalidArgument},
+		"image, no type":       {&images{}, []*csi.VolumeCapability{{}}, volumeKind{}, codes.InvalidArgument},
+		"shared tree":          {&trees{}, []*csi.VolumeCapability{tree(many), tree(read)}, volumeKind{}, codes.OK},
+		"tree that is read":    {&trees{}, []*csi.VolumeCapability{tree(read)}, volumeKind{readOnly: true}, codes.OK},
+		"tree as block device": {&trees{}, []*csi.VolumeCapability{device}, volumeKind{}, codes.InvalidArgument},
+		"tree, nothing":        {&trees{}, nil, volumeKind{}, codes.InvalidArgument},
+	} {
+		got, err := c.m.usable(c.caps)
+		if status.Code(err) != c.code || (err == nil && got != c.want) {
+			t.Errorf("%s: got %+v %v", name, got, err)
 		}
 	}
 }
 
-func TestSizeFor(t *testing.T) {
+func TestSizes(t *testing.T) {
 	const mib = 1 << 20
 	for _, c := range []struct {
 		required, limit int64
-		block           bool
-		fsType          string
+		kind            volumeKind
 		want            int64
 		code            codes.Code
 	}{
-		{0, 0, false, "ext4", 16 * mib, codes.OK},
-		{20*mib + 1, 0, false, "ext4", 20*mib + 4096, codes.OK},
-		{0, 0, false, "xfs", 300 * mib, codes.OK},
-		{0, 0, true, "ext4", mib, codes.OK},
-		{0, 100 * mib, false, "xfs", 0, codes.OutOfRange},
-		{2000 * mib, 0, false, "ext4", 0, codes.OutOfRange},
-		{0, 0, false, "ntfs", 0, codes.InvalidArgument},
+		{0, 0, volumeKind{fsType: "ext4"}, 16 * mib, codes.OK},
+		{20*mib + 1, 0, volumeKind{fsType: "ext4"}, 20*mib + 4096, codes.OK},
+		{0, 0, volumeKind{fsType: "xfs"}, 300 * mib, codes.OK},
+		{0, 0, volumeKind{block: true, fsType: "ext4"}, mib, codes.OK},
+		{0, 100 * mib, volumeKind{fsType: "xfs"}, 0, codes.OutOfRange},
+		{2000 * mib, 0, volumeKind{fsType: "ext4"}, 0, codes.OutOfRange},
+		{0, 0, volumeKind{fsType: "ntfs"}, 0, codes.InvalidArgument},
 	} {
-		got, err := sizeFor(&csi.CapacityRange{RequiredBytes: c.required, LimitBytes: c.limit}, c.block, c.fsType, 1000*mib)
+		got := int64(0)
+		least, err := (&images{}).smallest(c.kind)
+		if err == nil {
+			got, err = sizeFor(&csi.CapacityRange{RequiredBytes: c.required, LimitBytes: c.limit}, least, 1000*mib)
+		}
 		if got != c.want || status.Code(err) != c.code {
 			t.Errorf("%+v: got %d %v", c, got, err)
 		}

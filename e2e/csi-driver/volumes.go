@@ -13,61 +13,28 @@ import (
 
 func (d *driver) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
 	r := &csi.ControllerGetCapabilitiesResponse{}
-	for _, t := range []csi.ControllerServiceCapability_RPC_Type{
+	all := []csi.ControllerServiceCapability_RPC_Type{
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
-		csi.ControllerServiceCapability_RPC_PUBLISH_UNPUBLISH_VOLUME,
 		csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
 		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
 		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 		csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
 		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
-	} {
+	}
+	if d.hasDevices() {
+		all = append(all, csi.ControllerServiceCapability_RPC_PUBLISH_UNPUBLISH_VOLUME)
+	}
+	for _, t := range all {
 		r.Capabilities = append(r.Capabilities, &csi.ControllerServiceCapability{Type: &csi.ControllerServiceCapability_Rpc{
 			Rpc: &csi.ControllerServiceCapability_RPC{Type: t}}})
 	}
 	return r, nil
 }
 
-// usable reads what kind of volume is asked for. An image on one node cannot be shared, so every
-// mode that needs more than one is refused.
-func usable(caps []*csi.VolumeCapability) (block bool, fsType string, err error) {
-	if len(caps) == 0 {
-		return false, "", invalid("volume capabilities are missing")
-	}
-	fsType = "ext4"
-	for _, c := range caps {
-		switch c.GetAccessMode().GetMode() {
-		case csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY,
-			csi.VolumeCapability_AccessMode_MULTI_NODE_SINGLE_WRITER,
-			csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:
-			return false, "", invalid("access mode %v: a volume is usable on one node only", c.GetAccessMode().GetMode())
-		}
-		switch {
-		case c.GetBlock() != nil:
-			block = true
-		case c.GetMount() != nil:
-			if t := c.GetMount().FsType; t != "" {
-				fsType = t
-			}
-		default:
-			return false, "", invalid("access type is missing")
-		}
-	}
-	return block, fsType, nil
-}
-
-// sizeFor rounds up to whole blocks and to what the file system needs.
-func sizeFor(r *csi.CapacityRange, block bool, fsType string, capacity int64) (int64, error) {
-	size := (r.GetRequiredBytes() + 4095) &^ 4095
-	least := int64(1 << 20)
-	if !block {
-		var known bool
-		if least, known = smallest[fsType]; !known {
-			return 0, invalid("file system %q", fsType)
-		}
-	}
-	size = max(size, least)
+// sizeFor rounds up to whole blocks and to the least that a volume of its kind has.
+func sizeFor(r *csi.CapacityRange, least, capacity int64) (int64, error) {
+	size := max((r.GetRequiredBytes()+4095)&^4095, least)
 	if limit := r.GetLimitBytes(); limit > 0 && size > limit {
 		return 0, status.Errorf(codes.OutOfRange, "limit of %d bytes is below the %d that are needed", limit, size)
 	}
@@ -81,17 +48,21 @@ func (d *driver) CreateVolume(_ context.Context, q *csi.CreateVolumeRequest) (*c
 	if q.Name == "" {
 		return nil, invalid("name is missing")
 	}
-	block, fsType, err := usable(q.VolumeCapabilities)
+	kind, err := d.medium.usable(q.VolumeCapabilities)
 	if err != nil {
 		return nil, err
 	}
 	if t := q.Parameters["csi.storage.k8s.io/fstype"]; t != "" {
-		fsType = t
+		kind.fsType = t
 	}
 	if err := onlyKnown(q.Parameters); err != nil {
 		return nil, err
 	}
-	size, err := sizeFor(q.CapacityRange, block, fsType, d.capacity)
+	least, err := d.medium.smallest(kind)
+	if err != nil {
+		return nil, err
+	}
+	size, err := sizeFor(q.CapacityRange, least, d.capacity)
 	if err != nil {
 		return nil, err
 	}
@@ -100,14 +71,15 @@ func (d *driver) CreateVolume(_ context.Context, q *csi.CreateVolumeRequest) (*c
 		return nil, err
 	}
 	defer unlock()
-	v := volume{ID: recordID(q.Name), Name: q.Name, Size: size, Block: block, FsType: fsType, Created: time.Now(),
+	v := volume{ID: recordID(q.Name), Name: q.Name, Size: size, Block: kind.block, FsType: kind.fsType, ReadOnly: kind.readOnly,
+		Claim: claimIn(q.Parameters), Created: time.Now(),
 		SourceSnapshot: q.GetVolumeContentSource().GetSnapshot().GetSnapshotId(),
 		SourceVolume:   q.GetVolumeContentSource().GetVolume().GetVolumeId()}
 	switch old, err := load[volume](d.records, v.ID); {
 	case err == nil:
 		limit := q.CapacityRange.GetLimitBytes()
 		if old.Size < q.CapacityRange.GetRequiredBytes() || (limit > 0 && old.Size > limit) ||
-			old.SourceSnapshot != v.SourceSnapshot || old.SourceVolume != v.SourceVolume || old.Block != block {
+			old.SourceSnapshot != v.SourceSnapshot || old.SourceVolume != v.SourceVolume || old.Block != kind.block || old.ReadOnly != kind.readOnly {
 			return nil, status.Errorf(codes.AlreadyExists, "volume %q exists with other properties", q.Name)
 		}
 		return &csi.CreateVolumeResponse{Volume: d.describe(old)}, nil
@@ -119,11 +91,11 @@ func (d *driver) CreateVolume(_ context.Context, q *csi.CreateVolumeRequest) (*c
 			return nil, err
 		}
 	}
-	from, err := d.sourceImage(&v)
+	from, err := d.sourceOf(&v)
 	if err != nil {
 		return nil, err
 	}
-	if err := makeImage(d.pool.volumeImage(v.ID), from, size); err != nil {
+	if err := d.medium.create(&v, from); err != nil {
 		return nil, internal(err)
 	}
 	if err := save(d.records, v.ID, v); err != nil {
@@ -132,9 +104,9 @@ func (d *driver) CreateVolume(_ context.Context, q *csi.CreateVolumeRequest) (*c
 	return &csi.CreateVolumeResponse{Volume: d.describe(&v)}, nil
 }
 
-// sourceImage is "" for an empty volume.
-func (d *driver) sourceImage(v *volume) (string, error) {
-	var image string
+// sourceOf is the path that a volume's content comes from, "" for an empty volume.
+func (d *driver) sourceOf(v *volume) (string, error) {
+	var path string
 	var size int64
 	switch {
 	case v.SourceSnapshot != "":
@@ -145,18 +117,18 @@ func (d *driver) sourceImage(v *volume) (string, error) {
 		if !s.ready(time.Now()) {
 			return "", status.Errorf(codes.Unavailable, "snapshot %q is not ready to use", s.ID)
 		}
-		image, size = d.pool.snapshotImage(s.ID), s.Size
+		path, size = d.medium.snapshotPath(s.ID), s.Size
 	case v.SourceVolume != "":
 		s, err := load[volume](d.records, v.SourceVolume)
 		if err != nil {
 			return "", missing(err, "volume", v.SourceVolume)
 		}
-		image, size = d.pool.volumeImage(s.ID), s.Size
+		path, size = d.medium.volumePath(s.ID), s.Size
 	}
 	if size > v.Size {
 		return "", status.Errorf(codes.OutOfRange, "%d bytes are smaller than the source with %d", v.Size, size)
 	}
-	return image, nil
+	return path, nil
 }
 
 // chooseNode takes the first that is preferred, else the first that is allowed, else this one.
@@ -205,15 +177,14 @@ func (d *driver) DeleteVolume(_ context.Context, q *csi.DeleteVolumeRequest) (*c
 	if err != nil {
 		return nil, internal(err)
 	}
-	image := d.pool.volumeImage(v.ID)
-	dev, err := loopOf(image)
-	if err != nil && !errors.Is(err, os.ErrNotExist) { // an earlier deletion may have got so far
+	user, err := d.medium.user(v)
+	if err != nil {
 		return nil, internal(err)
 	}
-	if dev != "" {
-		return nil, status.Errorf(codes.FailedPrecondition, "volume %q is in use as %s", v.ID, dev)
+	if user != "" {
+		return nil, status.Errorf(codes.FailedPrecondition, "volume %q is in use as %s", v.ID, user)
 	}
-	if err := errors.Join(removeFile(image), remove[volume](d.records, v.ID)); err != nil {
+	if err := errors.Join(d.medium.destroy(d.medium.volumePath(v.ID)), remove[volume](d.records, v.ID)); err != nil {
 		return nil, internal(err)
 	}
 	return &csi.DeleteVolumeResponse{}, nil
@@ -222,6 +193,9 @@ func (d *driver) DeleteVolume(_ context.Context, q *csi.DeleteVolumeRequest) (*c
 func (d *driver) ControllerPublishVolume(_ context.Context, q *csi.ControllerPublishVolumeRequest) (*csi.ControllerPublishVolumeResponse, error) {
 	if q.VolumeId == "" || q.NodeId == "" || q.VolumeCapability == nil {
 		return nil, invalid("volume id, node id or capability is missing")
+	}
+	if _, err := d.onlyForDevices(); err != nil {
+		return nil, err
 	}
 	unlock, err := d.lock()
 	if err != nil {
@@ -252,6 +226,9 @@ func (d *driver) ControllerUnpublishVolume(_ context.Context, q *csi.ControllerU
 	if q.VolumeId == "" {
 		return nil, invalid("volume id is missing")
 	}
+	if _, err := d.onlyForDevices(); err != nil {
+		return nil, err
+	}
 	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
@@ -279,11 +256,11 @@ func (d *driver) ValidateVolumeCapabilities(_ context.Context, q *csi.ValidateVo
 	if err != nil {
 		return nil, missing(err, "volume", q.VolumeId)
 	}
-	block, _, err := usable(q.VolumeCapabilities)
+	kind, err := d.medium.usable(q.VolumeCapabilities)
 	if err != nil {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
-	if block != v.Block {
+	if kind.block != v.Block {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: "the volume has the other access type"}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
@@ -315,15 +292,19 @@ func (d *driver) ControllerExpandVolume(_ context.Context, q *csi.ControllerExpa
 	if err != nil {
 		return nil, missing(err, "volume", q.VolumeId)
 	}
-	size, err := sizeFor(q.CapacityRange, v.Block, v.FsType, d.capacity)
+	least, err := d.medium.smallest(volumeKind{block: v.Block, fsType: v.FsType})
+	if err != nil {
+		return nil, err
+	}
+	size, err := sizeFor(q.CapacityRange, least, d.capacity)
 	if err != nil {
 		return nil, err
 	}
 	if size > v.Size {
 		v.Size = size
-		if err := errors.Join(os.Truncate(d.pool.volumeImage(v.ID), size), save(d.records, v.ID, *v)); err != nil {
+		if err := errors.Join(d.medium.resize(v), save(d.records, v.ID, *v)); err != nil {
 			return nil, internal(err)
 		}
 	}
-	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Size, NodeExpansionRequired: true}, nil
+	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Size, NodeExpansionRequired: d.hasDevices()}, nil
 }

@@ -91,6 +91,7 @@ impl Scenario {
     }
 
     fn remove_leftovers(&self) -> Result<()> {
+        launcher(&["fault", "clear"])?;
         self.kubectl_cluster(&["delete", "clusterrepository", &self.namespace, "--ignore-not-found"])?;
         self.kubectl_cluster(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=120s"])?;
         launcher(&["s3", "remove-bucket", &self.namespace])?;
@@ -322,6 +323,22 @@ spec:
     pub fn lose_namespace(&self) -> Result<()> {
         self.kubectl_cluster(&["delete", "namespace", &self.namespace, "--timeout=150s"])?;
         self.kubectl_cluster(&["create", "namespace", &self.namespace]).map(|_| ())
+    }
+
+    /// What goes wrong in the CSI drivers from now on, as `CreateSnapshot fail=2`, for this scenario's volumes; until
+    /// [`Scenario::heal`] or the end of the scenario. `e2e/csi-driver/README.md` has the words.
+    pub fn fault(&self, line: &str) -> Result<()> {
+        let claim = format!("claim={}", self.namespace);
+        let mut words: Vec<_> = std::iter::once("fault").chain(line.split_whitespace()).collect();
+        if words.len() > 2 && !line.contains("claim=") {
+            words.push(&claim);
+        }
+        launcher(&words).map(|_| ())
+    }
+
+    /// Nothing goes wrong in the CSI drivers any more.
+    pub fn heal(&self) -> Result<()> {
+        launcher(&["fault", "clear"]).map(|_| ())
     }
 
     /// The names of Lifeboat's own objects that speak of this namespace and should be gone when nothing runs.

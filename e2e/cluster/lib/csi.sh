@@ -1,5 +1,7 @@
-# csi.sh: the test CSI driver on every node, the published sidecars on n1, snapshot CRDs and classes.
+# csi.sh: the test CSI drivers on every node, the published sidecars on n1, snapshot CRDs and classes.
 SOCKET=/var/lib/kubelet/plugins/$DRIVER/csi.sock
+TREE_SOCKET=/var/lib/kubelet/plugins/$TREE_DRIVER/csi.sock
+FAULTS=/run/pool/faults
 
 # One btrfs image on one loop device, mounted in every node's own mount namespace: one file system.
 # The device is let go at once, so that it clears itself with the last node's mount.
@@ -19,44 +21,66 @@ keep_in() { # NODE NAME COMMAND...
   start_in "$node" "$name" /bin/sh -c 'while :; do "$@"; sleep 0.2; done' sh "$@"
 }
 
-start_driver() {
+start_driver() { # NODE
   start_in "$1" driver lifeboat-test-csi --driver-name "$DRIVER" --endpoint "unix://$SOCKET" --node-id "$1" --pool /run/pool \
-    --registration-dir /var/lib/kubelet/plugins_registry
+    --faults $FAULTS --registration-dir /var/lib/kubelet/plugins_registry
+}
+
+start_tree_driver() { # NODE
+  start_in "$1" tree-driver lifeboat-test-csi --driver-name "$TREE_DRIVER" --endpoint "unix://$TREE_SOCKET" --node-id "$1" --pool /run/pool/trees \
+    --trees --faults $FAULTS --registration-dir /var/lib/kubelet/plugins_registry
+}
+
+# keep_sidecars PREFIX SOCKET NAME...: sidecars of one driver
+keep_sidecars() {
+  local prefix=$1 socket=$2 name arguments
+  shift 2
+  for name in "$@"; do
+    arguments=()
+    case $name in provisioner | snapshotter) arguments=(--extra-create-metadata) ;; esac
+    # What has a file system of its own says which.
+    case $socket:$name in "$SOCKET:provisioner" | "$SOCKET:attacher") arguments+=(--default-fstype=ext4) ;; esac
+    keep_in n1 "$prefix-$name" "csi-$name" --csi-address="$socket" "${SIDECARS[@]}" "${arguments[@]}"
+  done
 }
 
 start_sidecars() {
-  local config=$PKI/admin-inside.kubeconfig rate="--kube-api-qps=200 --kube-api-burst=400" retry="--retry-interval-start=200ms" name
-  in_node n1 sh -c "for i in \$(seq 100); do [ -S $SOCKET ] && exit 0; sleep 0.05; done; exit 1" || die "the CSI driver has no socket: $(tail -5 "$(log_in n1 driver)")"
-  # shellcheck disable=SC2086
-  for name in provisioner attacher resizer snapshotter; do
-    case $name in
-      provisioner) set -- --extra-create-metadata --default-fstype=ext4 ;;
-      attacher) set -- --default-fstype=ext4 ;;
-      snapshotter) set -- --extra-create-metadata ;;
-      *) set -- ;;
-    esac
-    keep_in n1 "csi-$name" "csi-$name" --csi-address=$SOCKET --kubeconfig=$config $retry $rate "$@"
+  local socket
+  SIDECARS=(--kubeconfig="$PKI/admin-inside.kubeconfig" --retry-interval-start=200ms --kube-api-qps=200 --kube-api-burst=400)
+  for socket in $SOCKET $TREE_SOCKET; do
+    in_node n1 sh -c "for i in \$(seq 100); do [ -S $socket ] && exit 0; sleep 0.05; done; exit 1" ||
+      die "a CSI driver has no socket: $(tail -5 "$(log_in n1 driver)" "$(log_in n1 tree-driver)")"
   done
-  # shellcheck disable=SC2086
-  keep_in n1 snapshot-controller snapshot-controller --kubeconfig=$config $retry $rate
-  keep_in n1 csi-snapshot-metadata env POD_NAMESPACE=default POD_NAME=n1 csi-snapshot-metadata --csi-address=$SOCKET --kubeconfig=$config \
-    --tls-cert=$PKI/snapshot-metadata.crt --tls-key=$PKI/snapshot-metadata.key --port=50051 --http-endpoint=127.0.0.1:18081
+  keep_sidecars csi "$SOCKET" provisioner attacher resizer snapshotter
+  keep_sidecars csi-tree "$TREE_SOCKET" provisioner resizer snapshotter
+  keep_in n1 snapshot-controller snapshot-controller "${SIDECARS[@]}"
+  keep_in n1 csi-snapshot-metadata env POD_NAMESPACE=default POD_NAME=n1 csi-snapshot-metadata --csi-address=$SOCKET --kubeconfig="$PKI/admin-inside.kubeconfig" \
+    --tls-cert="$PKI/snapshot-metadata.crt" --tls-key="$PKI/snapshot-metadata.key" --port=50051 --http-endpoint=127.0.0.1:18081
 }
 
-driver_is_registered() {
-  [ "$(kubectl get csinodes -o jsonpath="{range .items[*]}{.spec.drivers[?(@.name=='$DRIVER')].nodeID}{'\n'}{end}" | grep -c .)" = "$(echo "$NODES" | wc -w)" ]
+drivers_are_registered() {
+  local driver
+  for driver in "$DRIVER" "$TREE_DRIVER"; do
+    [ "$(kubectl get csinodes -o jsonpath="{range .items[*]}{.spec.drivers[?(@.name=='$driver')].nodeID}{'\n'}{end}" | grep -c .)" = "$(echo "$NODES" | wc -w)" ] || return 1
+  done
 }
+
+# What goes wrong in the drivers, on purpose: e2e/csi-driver/README.md has the words.
+fault() { in_node n1 /opt/node/bin/lifeboat-test-csi fault $FAULTS "$@"; }
 
 start_csi() {
   local node
   mount_pool
-  for node in $NODES; do start_driver "$node"; done
+  for node in $NODES; do
+    start_driver "$node"
+    start_tree_driver "$node"
+  done
   kubectl apply --server-side --force-conflicts -f "$PROGRAMS/crd" >/dev/null
   kubectl wait --for=condition=Established crd --all --timeout=30s >/dev/null
-  sed "s#@DRV@#$DRIVER#g; s#@ADDR@#$CONTROL_PLANE:50051#; s#@CA@#$(base64 -w0 "$STATE/pki/ca.crt")#" "$HERE/conf/csi.yaml" |
+  sed "s#@DRV@#$DRIVER#g; s#@TREE_DRV@#$TREE_DRIVER#g; s#@ADDR@#$CONTROL_PLANE:50051#; s#@CA@#$(base64 -w0 "$STATE/pki/ca.crt")#" "$HERE/conf/csi.yaml" |
     kubectl apply --server-side --force-conflicts -f - >/dev/null
   start_sidecars
-  wait_for "CSI driver is registered on all nodes" "$(log_in n1 driver)" driver_is_registered
+  wait_for "CSI drivers are registered on all nodes" "$(log_in n1 driver)" drivers_are_registered
   # `down` knows the volumes' loop devices by the pool's device number.
   in_node n1 stat -c '%Hd:%Ld' /run/pool >"$STATE/run/pool.device"
 }

@@ -1,4 +1,5 @@
-# faults.sh: what goes wrong, as verbs. COMPONENT is NODE/NAME or NAME/NODE, NAME one of containerd, kubelet, kube-proxy, driver;
+# faults.sh: what goes wrong, as verbs. COMPONENT is NODE/NAME or NAME/NODE, NAME one of containerd, kubelet, kube-proxy, driver,
+# tree-driver;
 # or of n1, without the node: etcd, apiserver, controller-manager, scheduler and the CSI sidecars; or s3.
 component() { # prints NODE NAME
   case $1 in
@@ -38,6 +39,7 @@ start_component() {
       start_kubelet "$node" ;;
     kube-proxy) start_kube_proxy "$node" ;;
     driver) start_driver "$node" ;;
+    tree-driver) start_tree_driver "$node" ;;
     csi-* | snapshot-controller) start_sidecars ;;
     *) die "unknown component $1" ;;
   esac

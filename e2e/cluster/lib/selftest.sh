@@ -76,6 +76,9 @@ selftest() {
 }
 
 check_faults() {
+  check "a fault of the CSI drivers" verb fault CreateVolume fail=1
+  check "one that does not exist is refused" refuses verb fault CreateVolume explode=1
+  check "faults are cleared" verb fault clear
   check "a component that does not exist is refused" refuses verb kill n1/nothing
   check "a killed sidecar" verb kill csi-provisioner
   check "starts again" verb start csi-provisioner

@@ -17,6 +17,7 @@ CONTROL_PLANE=10.213.0.11
 OUTSIDE=10.213.0.1 # the bridge: a place for servers outside the cluster
 S3_ADDRESS=$OUTSIDE:9100
 DRIVER=csi.test.lifeboat.dev
+TREE_DRIVER=tree.csi.test.lifeboat.dev # the same program with volumes that nodes share
 # One name a cluster: a kubelet kills what it finds in its cgroups and does not know, so two clusters must never share them.
 CGROUP=lifeboat-test-$(printf %s "$STATE" | sha256sum | cut -c1-8)
 STARTED=$(date +%s%N)
