@@ -23,6 +23,8 @@ use crate::metrics::Metrics;
 /// Shared by all control loops.
 pub(crate) struct Context {
     pub(crate) client: Client,
+    /// How the client reaches the API server, for clients with the rights of others.
+    pub(crate) config: kube::Config,
     pub(crate) namespace: String,
     pub(crate) image: String,
     pub(crate) image_pull_policy: String,

@@ -1,5 +1,6 @@
 //! `lifeboat-controller`: decides what is backed up and restored, when and in which order.
 
+mod account;
 mod backup;
 mod context;
 mod hooks;
@@ -8,8 +9,10 @@ mod metrics;
 mod object;
 mod policy;
 mod recovery_point;
+mod related;
 mod repository;
 mod restore;
+mod scope;
 mod task;
 
 use std::net::SocketAddr;
@@ -60,7 +63,8 @@ struct Options {
 async fn main() -> Result<()> {
     let options = Options::parse();
     telemetry::start(options.log_format);
-    let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
+    let config = kube::Config::infer().await.context("cannot tell how to reach the API server")?;
+    let client = kube::Client::try_from(config.clone()).context("cannot speak to the API server")?;
     let mut registry = prometheus_client::registry::Registry::default();
     let context = Arc::new(Context {
         access: RepositoryAccess::new(client.clone(), options.namespace.clone(), options.cache_dir),
@@ -71,6 +75,7 @@ async fn main() -> Result<()> {
         image_pull_policy: options.image_pull_policy,
         cluster: tokio::sync::OnceCell::new(),
         client: client.clone(),
+        config,
     });
     let readiness = Readiness::default();
     let leader = lease::Lease::new(client, &options.namespace, &options.pod);

@@ -55,6 +55,30 @@ pub(crate) fn is_captured_resource(resource: &ResourceName) -> bool {
     !NEVER.iter().any(|(plural, group)| resource.plural == *plural && resource.group == *group)
 }
 
+/// Cluster-scoped resources that are never a part of an application, whatever a scope asks for: the cluster's own affairs, and what
+/// volumes and snapshots of others lie in.
+const NEVER_OF_CLUSTER: &[(&str, &str)] = &[
+    ("nodes", ""),
+    ("namespaces", ""),
+    ("persistentvolumes", ""),
+    ("componentstatuses", ""),
+    ("csinodes", "storage.k8s.io"),
+    ("volumeattachments", "storage.k8s.io"),
+    ("certificatesigningrequests", "certificates.k8s.io"),
+    ("clusterrepositories", "lifeboat.dev"),
+    ("volumesnapshotcontents", "snapshot.storage.k8s.io"),
+    ("volumegroupsnapshotcontents", "groupsnapshot.storage.k8s.io"),
+    ("nodes", "metrics.k8s.io"),
+    ("resourceslices", "resource.k8s.io"),
+    ("ipaddresses", "networking.k8s.io"),
+    ("servicecidrs", "networking.k8s.io"),
+];
+
+/// Whether objects of this cluster-scoped resource may be captured because a scope asks for them.
+pub(crate) fn is_captured_cluster_resource(resource: &ResourceName) -> bool {
+    !NEVER_OF_CLUSTER.iter().any(|(plural, group)| resource.plural == *plural && resource.group == *group)
+}
+
 fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
     object.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
@@ -188,12 +212,30 @@ pub(crate) fn restored_form(
     }
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         metadata.insert("namespace".into(), namespace.into());
+    }
+    mark(&mut object, recovery_point);
+    object
+}
+
+/// A cluster-scoped object as it is created again. It must not change what others get: no class becomes everybody's default.
+pub(crate) fn restored_cluster_form(mut object: Value, recovery_point: &str) -> Value {
+    remove(&mut object, "/metadata", &["ownerReferences", "finalizers", "generateName"]);
+    for pointer in ["/metadata/labels", "/metadata/annotations"] {
+        retain(&mut object, pointer, |key| !is_gitops_mark(key) && !key.ends_with("/is-default-class"));
+    }
+    remove(&mut object, "", &["globalDefault"]);
+    mark(&mut object, recovery_point);
+    object
+}
+
+/// Notes on an object which recovery point it came from.
+fn mark(object: &mut Value, recovery_point: &str) {
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         let annotations = metadata.entry("annotations").or_insert_with(|| Value::Object(Map::new()));
         if let Some(annotations) = annotations.as_object_mut() {
             annotations.insert(lifeboat_crds::labels::RESTORED_FROM.into(), recovery_point.into());
         }
     }
-    object
 }
 
 /// Addresses and ports may be taken by others meanwhile; a headless Service stays headless.
@@ -235,6 +277,24 @@ pub(crate) fn wave(resource: &ResourceName) -> u8 {
         | ("pods" | "replicationcontrollers", "")
         | ("jobs" | "cronjobs", "batch") => 4,
         _ => 3,
+    }
+}
+
+/// The first wave of what answers the API server, which must not be asked before the application runs.
+pub(crate) const ANSWERING_WAVE: u8 = 5;
+
+/// When a cluster-scoped resource is created; `None`: never, because the cluster makes it or the restore does.
+pub(crate) fn cluster_wave(resource: &ResourceName) -> Option<u8> {
+    match (resource.plural.as_str(), resource.group.as_str()) {
+        ("persistentvolumes" | "namespaces", "") => None,
+        ("customresourcedefinitions", "apiextensions.k8s.io")
+        | ("clusterroles", "rbac.authorization.k8s.io")
+        | ("storageclasses", "storage.k8s.io") => Some(0),
+        ("apiservices", "apiregistration.k8s.io")
+        | ("validatingwebhookconfigurations" | "mutatingwebhookconfigurations", "admissionregistration.k8s.io") => {
+            Some(ANSWERING_WAVE)
+        }
+        _ => Some(1),
     }
 }
 
@@ -326,6 +386,31 @@ mod tests {
             back["spec"],
             json!({"volumes": [{"name": "data"}], "containers": [{"name": "c", "volumeMounts": [{"name": "data"}]}]})
         );
+    }
+
+    #[test]
+    fn what_comes_back_outside_of_the_namespace_changes_nothing_for_others() {
+        let class = json!({"metadata": {"name": "fast", "annotations": {"storageclass.kubernetes.io/is-default-class": "true", "mine": "1"}}, "provisioner": "p"});
+        let back = restored_cluster_form(class, "rp");
+        assert_eq!(back["metadata"]["annotations"], json!({"mine": "1", "lifeboat.dev/restored-from": "rp"}));
+        assert_eq!((text(&back, "/provisioner"), back.pointer("/metadata/namespace")), ("p", None));
+        let priority =
+            restored_cluster_form(json!({"metadata": {"name": "high"}, "value": 5, "globalDefault": true}), "rp");
+        assert_eq!((priority.get("globalDefault"), priority.get("value")), (None, Some(&json!(5))));
+        assert_eq!(restored_cluster_form(json!("strange"), "rp"), json!("strange"));
+    }
+
+    #[test]
+    fn definitions_come_first_and_webhooks_last() {
+        let wave_of = |plural, group| cluster_wave(&resource(plural, group));
+        let definitions = wave_of("customresourcedefinitions", "apiextensions.k8s.io");
+        assert!(definitions < wave_of("clusterissuers", "cert-manager.io"));
+        let (role, binding) = ("clusterroles", "clusterrolebindings");
+        assert!(wave_of(role, "rbac.authorization.k8s.io") < wave_of(binding, "rbac.authorization.k8s.io"));
+        let hooks = wave_of("validatingwebhookconfigurations", "admissionregistration.k8s.io");
+        assert_eq!(hooks, Some(ANSWERING_WAVE));
+        assert!(ANSWERING_WAVE > wave(&resource("deployments", "apps")));
+        assert_eq!((wave_of("persistentvolumes", ""), wave_of("namespaces", "")), (None, None));
     }
 
     #[test]

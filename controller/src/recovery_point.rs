@@ -11,6 +11,10 @@ use thiserror::Error;
 /// The version of [`Description`] that this program writes.
 pub(crate) const SCHEMA: u32 = 1;
 
+/// The folder of cluster-scoped objects in a snapshot of objects. It sorts behind every resource: which of them belong to the
+/// application is known only when its own objects are written.
+pub(crate) const CLUSTER_FOLDER: &str = "~cluster";
+
 /// Tags of snapshots and recovery points.
 pub(crate) mod tags {
     pub(crate) const CLUSTER: &str = "cluster";

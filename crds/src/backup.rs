@@ -185,8 +185,11 @@ pub struct QuiescedWorkload {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ObjectsStatus {
-    /// How many.
+    /// How many of the namespace.
     pub count: u64,
+    /// How many cluster-scoped ones that belong to them.
+    #[serde(default)]
+    pub cluster_scoped: u64,
     /// The id of their snapshot in the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,

@@ -160,6 +160,8 @@ names! {
         VolumeExists,
         /// Objects of that name exist and the spec says `Fail`.
         ObjectExists,
+        /// The installation does not let Lifeboat act as the named `ServiceAccount`, so nothing cluster-scoped is read or created for it.
+        ClusterResourcesNotAllowed,
         /// Objects could not be applied.
         ApplyFailed,
 

@@ -37,14 +37,59 @@ pub struct Scope {
     /// Labels that objects and claims must have. Default: everything in the namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<LabelSelector>,
-    /// Only these resources, as `configmaps` or `deployments.apps`. Default: every namespaced resource that the API server offers.
+    /// Only these resources, as `configmaps` or `deployments.apps`, or single objects, as `configmaps/settings`. Default: every
+    /// namespaced resource that the API server offers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 512)))]
     pub include_resources: Option<Vec<String>>,
-    /// Not these resources. `persistentvolumeclaims` here leaves out all volumes.
+    /// Not these resources or objects. `persistentvolumeclaims` here leaves out all volumes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 512)))]
     pub exclude_resources: Option<Vec<String>>,
+    /// Objects outside of the namespace that belong to the application. Default: those that the captured objects name, and those
+    /// that give rights to the namespace's service accounts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_resources: Option<ClusterScope>,
+}
+
+/// Which cluster-scoped objects belong to a backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.includeResources) == has(self.readAs)")
+    .message("write clusterResources.includeResources and clusterResources.readAs together: the rights of that ServiceAccount decide what is read"))]
+#[x_kube(validation = Rule::new("!has(self.selector) || has(self.includeResources)")
+    .message("clusterResources.selector selects among clusterResources.includeResources; write both"))]
+pub struct ClusterScope {
+    /// Whether what the application needs is captured: storage, priority, runtime and ingress classes and cluster roles that its objects
+    /// name, definitions of its custom resources, its volumes' objects, role bindings of its service accounts, webhooks and API services
+    /// that it answers, and the namespace's own object.
+    #[serde(default = "yes")]
+    pub related: bool,
+    /// These resources or objects too, whether or not the application names them, as `clusterissuers.cert-manager.io`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 512)))]
+    pub include_resources: Option<Vec<String>>,
+    /// Labels that objects of `includeResources` must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<LabelSelector>,
+    /// A `ServiceAccount` of this namespace. `includeResources` are read with its rights, so the installation must allow its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub read_as: Option<String>,
+    /// Not these resources or objects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 512)))]
+    pub exclude_resources: Option<Vec<String>>,
+}
+
+impl Default for ClusterScope {
+    fn default() -> Self {
+        Self { related: true, include_resources: None, selector: None, read_as: None, exclude_resources: None }
+    }
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// How some claims are read.

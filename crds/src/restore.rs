@@ -44,6 +44,19 @@ pub struct RestoreSpec {
     /// What happens to what exists.
     #[serde(default)]
     pub existing: Existing,
+    /// What happens to objects outside of the namespace. Default: they stay as they are, and those that are missing are listed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_resources: Option<ClusterRestore>,
+}
+
+/// How cluster-scoped objects are brought back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClusterRestore {
+    /// A `ServiceAccount` of this namespace. Cluster-scoped objects that are missing are created with its rights and no others, so the
+    /// installation must allow its name. What exists is never changed.
+    #[schemars(length(min = 1, max = 253))]
+    pub create_as: String,
 }
 
 /// Where the data of a restore comes from. Exactly one.
@@ -135,6 +148,9 @@ pub struct RestoreStatus {
     /// One entry a claim.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeRestoreStatus>,
+    /// What became of cluster-scoped objects that have to be there before the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_objects: Option<ObjectsRestoreStatus>,
     /// What became of the objects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objects: Option<ObjectsRestoreStatus>,

@@ -169,6 +169,11 @@ spec:
         run("kubectl", arguments, "")
     }
 
+    /// As [`Scenario::kubectl_cluster`], with standard input.
+    pub fn kubectl_cluster_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        run("kubectl", arguments, input)
+    }
+
     fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
         let mut all = vec!["-n", &self.namespace];
         all.extend(arguments);

@@ -35,6 +35,7 @@ fn wrong_values_are_refused_by_name() -> Result<()> {
         ("contoller.replicas=1", "contoller"),
         ("demoStore.bucket=UPPER", "bucket"),
         ("agent.kubeletDir=relative", "kubeletDir"),
+        ("clusterResources.serviceAccounts={Not_A_Name}", "serviceAccounts"),
     ] {
         let output = run_raw("helm", &["template", "x", &chart, "--set", value], "")?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -82,20 +83,41 @@ fn pods_are_as_restricted_as_they_can_be() -> Result<()> {
     Ok(())
 }
 
+/// Whether a service account of Lifeboat may do something. `what` is a resource or `resource/subresource`.
+fn may(server: &ApiServer, who: &str, verb: &str, what: &str, namespace: &str) -> Result<bool> {
+    let account = format!("--as=system:serviceaccount:lifeboat-system:{who}");
+    let config = format!("--kubeconfig={}", server.kubeconfig_path());
+    let (resource, subresource) = what.split_once('/').unwrap_or((what, ""));
+    let subresource = format!("--subresource={subresource}");
+    let arguments = [&config, &account, "-n", namespace, "auth", "can-i", verb, resource, &subresource];
+    Ok(run_raw("kubectl", &arguments, "")?.status.success())
+}
+
+#[test]
+fn cluster_scoped_objects_need_an_account_that_the_installation_names() -> Result<()> {
+    let server = ApiServer::start()?;
+    server.kubectl(&["create", "namespace", "lifeboat-system"], "")?;
+    let allowed = render(&[r#"clusterResources.serviceAccounts=["cluster-operator"]"#])?;
+    server.kubectl(&["apply", "--server-side", "-f", "-"], &allowed)?;
+    let acts_as = |account: &str| {
+        let config = format!("--kubeconfig={}", server.kubeconfig_path());
+        let who = "--as=system:serviceaccount:lifeboat-system:lifeboat-controller";
+        let what = format!("serviceaccounts/{account}");
+        let arguments = [&config, who, "-n", "default", "auth", "can-i", "impersonate", &what];
+        run_raw("kubectl", &arguments, "").map(|output| output.status.success())
+    };
+    ensure!(acts_as("cluster-operator")?, "the account that the value names cannot be used");
+    ensure!(!acts_as("default")? && !acts_as("namespace-controller")?, "other accounts can be used");
+    ensure!(!may(&server, "lifeboat-agent", "impersonate", "serviceaccounts", "default")?);
+    Ok(())
+}
+
 #[test]
 fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
     let server = ApiServer::start()?;
     server.kubectl(&["create", "namespace", "lifeboat-system"], "")?;
     server.kubectl(&["apply", "--server-side", "-f", "-"], &render(&[])?)?;
-    let may = |who: &str, verb: &str, what: &str, namespace: &str| -> Result<bool> {
-        let account = format!("--as=system:serviceaccount:lifeboat-system:{who}");
-        let config = format!("--kubeconfig={}", server.kubeconfig_path());
-        let (resource, subresource) = what.split_once('/').unwrap_or((what, ""));
-        let subresource = format!("--subresource={subresource}");
-        let arguments = [&config, &account, "-n", namespace, "auth", "can-i", verb, resource, &subresource];
-        let output = run_raw("kubectl", &arguments, "")?;
-        Ok(output.status.success())
-    };
+    let may = |who: &str, verb: &str, what: &str, namespace: &str| may(&server, who, verb, what, namespace);
     let (agent, controller) = ("lifeboat-agent", "lifeboat-controller");
     for (who, verb, what, namespace, allowed) in [
         (agent, "get", "secrets", "lifeboat-system", true),
@@ -109,6 +131,10 @@ fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
         (controller, "delete", "persistentvolumeclaims", "default", false),
         (controller, "delete", "secrets", "default", false),
         (controller, "delete", "namespaces", "default", false),
+        (controller, "escalate", "roles", "default", true),
+        (controller, "escalate", "clusterroles", "default", false),
+        (controller, "impersonate", "serviceaccounts", "default", false),
+        (controller, "impersonate", "users", "default", false),
     ] {
         ensure!(may(who, verb, what, namespace)? == allowed, "{who} {verb} {what} in {namespace}: expected {allowed}");
     }

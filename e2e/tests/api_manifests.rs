@@ -71,6 +71,17 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
             "in both includeResources and excludeResources",
         ),
         ("BackupPolicy", policy(", scope: {includeResources: []}"), "includeResources"),
+        (
+            "BackupPolicy",
+            policy(", scope: {clusterResources: {includeResources: [clusterroles]}}"),
+            "write clusterResources.includeResources and clusterResources.readAs together",
+        ),
+        ("BackupPolicy", policy(", scope: {clusterResources: {readAs: reader}}"), "clusterResources.readAs together"),
+        (
+            "BackupPolicy",
+            policy(", scope: {clusterResources: {selector: {}}}"),
+            "clusterResources.selector selects among clusterResources.includeResources",
+        ),
         ("BackupPolicy", policy(", volumes: [{match: {}, method: Snapshot}]"), "method"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {}}", ""), "write exec.freeze, exec.thaw or both"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {freeze: []}}", ""), "freeze"),
@@ -96,6 +107,12 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("Restore", "{source: {repository: {ref: {name: r}, recoveryPoint: XYZ}}}".to_owned(), "recoveryPoint"),
         ("Restore", "{source: {repository: {ref: {name: r}, asOf: yesterday}}}".to_owned(), "asOf"),
         ("Restore", "{source: {backupRef: {name: b}}, existing: {resources: Delete}}".to_owned(), "existing.resources"),
+        ("Restore", "{source: {backupRef: {name: b}}, clusterResources: {}}".to_owned(), "clusterResources.createAs"),
+        (
+            "Restore",
+            "{source: {backupRef: {name: b}}, clusterResources: {createAs: ''}}".to_owned(),
+            "clusterResources.createAs",
+        ),
     ]
 }
 
@@ -129,6 +146,12 @@ fn good_manifests_are_accepted_and_what_must_not_change_does_not() -> Result<()>
     apply(&repository("backups"))?;
     let said = server.refusal(&repository("others"))?;
     ensure!(said.contains("backend cannot be changed"), "{said}");
+    let outside =
+        "clusterResources: {includeResources: [clusterissuers.cert-manager.io, ingressclasses/web], readAs: reader}";
+    apply(&manifest(
+        "BackupPolicy",
+        &format!("{{{TIERS}, scope: {{includeResources: [secrets, configmaps/settings], {outside}}}}}"),
+    ))?;
     apply(&manifest("Backup", "{policyRef: {name: p}}"))?;
     let said = server.refusal(&manifest("Backup", "{policyRef: {name: q}}"))?;
     ensure!(said.contains("create another Backup"), "{said}");

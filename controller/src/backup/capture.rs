@@ -1,4 +1,4 @@
-//! Captures the objects of a namespace, as files from memory, streamed into the repository.
+//! Captures the objects of a namespace and what belongs to them, as files from memory, streamed into the repository.
 
 use std::sync::Arc;
 
@@ -12,15 +12,20 @@ use kube::discovery::Discovery;
 use kube::{Api, Client, ResourceExt};
 use lifeboat_crds::backup::ObjectsStatus;
 use lifeboat_crds::conditions::Reason;
-use lifeboat_crds::plan::{Scope, selector_matches};
+use lifeboat_crds::plan::Scope;
 use lifeboat_process::access::AccessError;
 use lifeboat_repository::backup::{self, TreeBackup, VirtualFile};
+use serde_json::Value;
 use tracing::{debug, info};
 
 use super::Run;
+use super::cluster::Gathering;
+use super::refusal::Refusal;
 use crate::context::Context;
-use crate::object::{ResourceName, captured_form, is_captured, is_captured_resource};
+use crate::object::{ResourceName, captured_form, is_captured};
 use crate::recovery_point::objects_lineage;
+use crate::related::Related;
+use crate::scope::{may_select, selects};
 
 /// Objects asked for at once.
 const PAGE: u32 = 250;
@@ -29,76 +34,96 @@ const PAGE: u32 = 250;
 pub(crate) struct Offered {
     pub(crate) name: ResourceName,
     pub(crate) api: ApiResource,
+    /// Whether its objects lie in no namespace.
+    pub(crate) cluster: bool,
 }
 
-/// All namespaced resources that can be listed, sorted as their folders are.
+/// All resources that can be listed, sorted as their folders are.
 pub(crate) async fn offered(client: &Client) -> Result<Vec<Offered>> {
     let discovery = Discovery::new(client.clone()).run().await.context("cannot ask the API server what it offers")?;
     let mut all: Vec<_> = discovery
         .groups()
         .flat_map(kube::discovery::ApiGroup::recommended_resources)
-        .filter(|(_, capabilities)| {
-            capabilities.scope == ApiScope::Namespaced && capabilities.supports_operation(verbs::LIST)
+        .filter(|(_, capabilities)| capabilities.supports_operation(verbs::LIST))
+        .map(|(api, capabilities)| Offered {
+            name: ResourceName { plural: api.plural.clone(), group: api.group.clone() },
+            api,
+            cluster: capabilities.scope == ApiScope::Cluster,
         })
-        .map(|(api, _)| Offered { name: ResourceName { plural: api.plural.clone(), group: api.group.clone() }, api })
         .collect();
     all.sort_by_key(|offered| offered.name.folder());
     all.dedup_by_key(|offered| offered.name.folder());
     Ok(all)
 }
 
-fn is_in_scope(scope: &Scope, resource: &ResourceName) -> bool {
-    let meant = |words: &Vec<String>| words.iter().any(|word| resource.is_meant_by(word));
-    is_captured_resource(resource)
-        && scope.include_resources.as_ref().is_none_or(meant)
-        && !scope.exclude_resources.as_ref().is_some_and(meant)
-}
-
-/// The captured objects of one resource, sorted by name.
-async fn objects(
-    client: &Client,
-    namespace: &str,
-    offered: &Offered,
-    scope: &Scope,
-) -> Result<Vec<(String, Vec<u8>)>, kube::Error> {
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &offered.api);
-    let mut captured = Vec::new();
+/// Gives every object to `each`, page by page.
+pub(super) async fn each_object(
+    api: &Api<DynamicObject>,
+    mut each: impl FnMut(DynamicObject) -> Result<(), kube::Error>,
+) -> Result<(), kube::Error> {
     let mut list = ListParams::default().limit(PAGE);
     loop {
         let page = match api.list(&list).await {
             Ok(page) => page,
             // Some aggregated servers offer what they cannot list, and a CRD may go in between.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 405) => return Ok(captured),
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 405) => return Ok(()),
             Err(error) => return Err(error),
         };
-        for mut object in page.items {
-            if !scope.selector.as_ref().is_none_or(|selector| selector_matches(selector, object.labels())) {
-                continue;
-            }
-            // Lists leave kind and version to the list itself.
-            object.types = Some(kube::core::TypeMeta {
-                api_version: offered.api.api_version.clone(),
-                kind: offered.api.kind.clone(),
-            });
-            let name = object.name_any();
-            let json = serde_json::to_value(&object).map_err(kube::Error::SerdeError)?;
-            if is_captured(&offered.name, &json) {
-                captured
-                    .push((name, serde_json::to_vec_pretty(&captured_form(json)).map_err(kube::Error::SerdeError)?));
-            }
-        }
+        page.items.into_iter().try_for_each(&mut each)?;
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => list = ListParams::default().limit(PAGE).continue_token(&token),
-            None => break,
+            None => return Ok(()),
         }
     }
-    captured.sort();
-    Ok(captured)
+}
+
+/// The object as JSON with its version and kind, which lists leave to the list itself.
+pub(super) fn with_types(mut object: DynamicObject, of: &Offered) -> Result<Value, kube::Error> {
+    let types = kube::core::TypeMeta { api_version: of.api.api_version.clone(), kind: of.api.kind.clone() };
+    object.types = Some(types);
+    serde_json::to_value(&object).map_err(kube::Error::SerdeError)
+}
+
+/// A captured object as a file, in a folder of its own or in that of its resource.
+pub(super) fn file(folder: Option<&str>, of: &Offered, name: &str, object: &Value) -> Result<VirtualFile, kube::Error> {
+    let path = format!("{}/{}/{name}.json", of.name.folder(), of.api.version);
+    let path = folder.map_or(path.clone(), |folder| format!("{folder}/{path}"));
+    let bytes = serde_json::to_vec_pretty(object).map_err(kube::Error::SerdeError)?.into();
+    // The time of the capture would make every object look changed.
+    Ok(VirtualFile { path, bytes, mtime: jiff::Timestamp::UNIX_EPOCH })
+}
+
+/// The captured objects of one resource of the namespace, sorted by name.
+async fn objects(
+    client: &Client,
+    namespace: &str,
+    offered: &Offered,
+    scope: &Scope,
+    related: &mut Related,
+) -> Result<Vec<VirtualFile>, kube::Error> {
+    let api = Api::namespaced_with(client.clone(), namespace, &offered.api);
+    let mut captured = Vec::new();
+    each_object(&api, |object| {
+        let name = object.name_any();
+        if !selects(scope, &offered.name, &name, object.labels()) {
+            return Ok(());
+        }
+        let json = with_types(object, offered)?;
+        if is_captured(&offered.name, &json) {
+            related.note(&offered.name, &json);
+            captured.push((name.clone(), file(None, offered, &name, &captured_form(json))?));
+        }
+        Ok(())
+    })
+    .await?;
+    captured.sort_by(|one, other| one.0.cmp(&other.0));
+    Ok(captured.into_iter().map(|(_, file)| file).collect())
 }
 
 /// The files of all objects in scope; resources that cannot be listed go into `errors`.
 fn files(
     client: Client,
+    reader: Option<Client>,
     namespace: String,
     scope: Scope,
     found: Arc<std::sync::Mutex<ObjectsStatus>>,
@@ -107,17 +132,14 @@ fn files(
         change(&mut found.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     };
     try_stream! {
-        for offered in offered(&client).await? {
-            if !is_in_scope(&scope, &offered.name) {
-                continue;
-            }
-            match objects(&client, &namespace, &offered, &scope).await {
-                Ok(objects) => {
-                    for (name, json) in objects {
+        let all = offered(&client).await?;
+        let mut related = Related::of(&namespace);
+        for offered in all.iter().filter(|one| !one.cluster && may_select(&scope, &one.name)) {
+            match objects(&client, &namespace, offered, &scope, &mut related).await {
+                Ok(files) => {
+                    for file in files {
                         note(&|status| status.count += 1);
-                        let path = format!("{}/{}/{name}.json", offered.name.folder(), offered.api.version);
-                        // The time of the capture would make every object look changed.
-                        yield VirtualFile { path, bytes: json.into(), mtime: jiff::Timestamp::UNIX_EPOCH };
+                        yield file;
                     }
                 }
                 Err(error) => {
@@ -127,6 +149,21 @@ fn files(
                 }
             }
         }
+        let cluster = scope.cluster_resources.clone().unwrap_or_default();
+        let (files, errors) = Gathering::new(&client, reader.as_ref(), &all, cluster).gather(related).await;
+        note(&|status| status.errors.extend(errors.iter().cloned()));
+        for file in files {
+            note(&|status| status.cluster_scoped += 1);
+            yield file;
+        }
+    }
+}
+
+/// The client that reads what the scope includes from outside of the namespace, if it includes anything.
+async fn reader(run: &Run, context: &Context, scope: &Scope) -> Result<Result<Option<Client>, Refusal>> {
+    match scope.cluster_resources.as_ref().and_then(|cluster| cluster.read_as.as_ref()) {
+        Some(account) => Ok(context.acting_as(&run.namespace, account).await?.map(Some)),
+        None => Ok(Ok(None)),
     }
 }
 
@@ -137,12 +174,16 @@ pub(super) async fn capture(run: &mut Run, context: &Context) -> Result<()> {
         Ok(repository) => repository,
         Err(error) => return run.fail(context, error.reason, error.message).await,
     };
+    let reader = match reader(run, context, &plan.scope).await? {
+        Ok(reader) => reader,
+        Err(refusal) => return run.fail(context, refusal.reason, refusal.message).await,
+    };
     let cluster = context.cluster().await?;
     // The namespace's own labels decide about much, so its existence is checked before anything is captured.
     Api::<Namespace>::all(context.client.clone()).get(&run.namespace).await.context("cannot read the namespace")?;
     let lineage = objects_lineage(cluster, &run.namespace);
     let found = Arc::new(std::sync::Mutex::new(ObjectsStatus::default()));
-    let files = files(context.client.clone(), run.namespace.clone(), plan.scope, Arc::clone(&found));
+    let files = files(context.client.clone(), reader, run.namespace.clone(), plan.scope, Arc::clone(&found));
     let parent = repository.latest_of(&lineage).await;
     let tree = TreeBackup { lineage, tags: run.tags(cluster), parent: parent.ok().flatten(), ..TreeBackup::default() };
     let captured = Box::pin(backup::entries(&repository, files, tree, Arc::default())).await;
@@ -163,7 +204,7 @@ pub(super) async fn capture(run: &mut Run, context: &Context) -> Result<()> {
         let message = "neither an object nor a claim is selected; correct spec.scope";
         return run.fail(context, Reason::NothingSelected, message.to_owned()).await;
     }
-    info!(objects = objects.count, "objects are captured");
+    info!(objects = objects.count, cluster_scoped = objects.cluster_scoped, "objects are captured");
     objects.snapshot = Some(report.snapshot.id.to_string());
     run.status.objects = Some(objects);
     run.status.stored_bytes = Some(report.snapshot.stats.stored_bytes);

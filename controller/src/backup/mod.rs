@@ -4,6 +4,7 @@
 //! reads them and goes on.
 
 mod capture;
+mod cluster;
 mod commit;
 mod decide;
 mod quiesce;

@@ -18,6 +18,7 @@ use tracing::info;
 use super::Run;
 use crate::context::Context;
 use crate::object::ResourceName;
+use crate::scope::selects;
 
 /// A backup waits this long for a repository that is not ready.
 const REPOSITORY_PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(5);
@@ -104,10 +105,7 @@ async fn plan(run: &Run, context: &Context) -> Result<Result<BackupPlan, Refusal
 /// Whether a claim is selected by the scope.
 fn is_selected(scope: &Scope, claim: &PersistentVolumeClaim) -> bool {
     let resource = ResourceName { plural: "persistentvolumeclaims".into(), group: String::new() };
-    let meant = |words: &Vec<String>| words.iter().any(|word| resource.is_meant_by(word));
-    scope.include_resources.as_ref().is_none_or(meant)
-        && !scope.exclude_resources.as_ref().is_some_and(meant)
-        && scope.selector.as_ref().is_none_or(|selector| selector_matches(selector, claim.labels()))
+    selects(scope, &resource, &claim.name_any(), claim.labels())
 }
 
 fn rule_matches(rule: &VolumeMatch, claim: &PersistentVolumeClaim) -> bool {

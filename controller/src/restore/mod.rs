@@ -1,9 +1,11 @@
-//! `Restore`: finds a recovery point, checks the whole plan, makes claims, has agents fill them, then applies objects.
+//! `Restore`: finds a recovery point, checks the whole plan, prepares the cluster, makes claims, has agents fill them, then
+//! applies objects.
 //!
 //! Nothing is changed before everything is checked; a claim that exists is never written to.
 
 mod apply;
 mod claims;
+mod cluster;
 mod plan;
 
 use std::sync::Arc;
@@ -116,6 +118,7 @@ async fn reconcile(seen: Arc<Restore>, context: Arc<Context>) -> Result<Action, 
 enum Step {
     Hold,
     Plan,
+    Prepare,
     Fill,
     Apply,
     Clean,
@@ -131,6 +134,8 @@ fn next_step(restore: &Restore, status: &RestoreStatus) -> Step {
         Step::Hold
     } else if !conditions::is_true(&status.conditions, ConditionType::Planned) {
         Step::Plan
+    } else if status.cluster_objects.is_none() {
+        Step::Prepare
     } else if !conditions::is_true(&status.conditions, ConditionType::DataReady) {
         Step::Fill
     } else {
@@ -153,6 +158,7 @@ async fn work(seen: &Restore, context: &Context) -> Result<Action> {
                     return Ok(Action::requeue(pause));
                 }
             }
+            Step::Prepare => cluster::prepare(&mut run, context).await?,
             Step::Fill => {
                 if !claims::fill(&mut run, context).await? {
                     return Ok(Action::requeue(LOOK_AGAIN));
@@ -193,6 +199,7 @@ async fn set_finalizer(restore: &Restore, context: &Context, present: bool) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lifeboat_crds::restore::ObjectsRestoreStatus;
 
     fn restore(finalizers: &[&str], conditions: &[(&str, &str)]) -> Restore {
         let conditions: Vec<_> = conditions
@@ -215,8 +222,13 @@ mod tests {
         let held = &[labels::FINALIZER];
         assert_eq!(step(&restore(&[], &[])), Step::Hold);
         assert_eq!(step(&restore(held, &[])), Step::Plan);
-        assert_eq!(step(&restore(held, &[("Planned", "True")])), Step::Fill);
-        assert_eq!(step(&restore(held, &[("Planned", "True"), ("DataReady", "True")])), Step::Apply);
+        let mut prepared = restore(held, &[("Planned", "True")]);
+        assert_eq!(step(&prepared), Step::Prepare);
+        prepared.status.as_mut().unwrap().cluster_objects = Some(ObjectsRestoreStatus::default());
+        assert_eq!(step(&prepared), Step::Fill);
+        let mut filled = restore(held, &[("Planned", "True"), ("DataReady", "True")]);
+        filled.status.as_mut().unwrap().cluster_objects = Some(ObjectsRestoreStatus::default());
+        assert_eq!(step(&filled), Step::Apply);
         for ended in ["True", "False"] {
             let all = &[("Planned", "True"), ("DataReady", "True"), ("Succeeded", ended)];
             assert_eq!(step(&restore(held, all)), Step::Clean);

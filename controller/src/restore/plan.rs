@@ -27,7 +27,7 @@ use super::Run;
 use crate::backup::refusal::{Refusal, repository as usable_repository, unready_message};
 use crate::context::Context;
 use crate::object::ResourceName;
-use crate::recovery_point::{Description, tags};
+use crate::recovery_point::{CLUSTER_FOLDER, Description, tags};
 use crate::restore::apply::Resources;
 
 /// A restore waits this long for a repository that is not ready.
@@ -41,16 +41,33 @@ pub(super) struct Captured {
     /// The version that it was captured in.
     pub(super) version: String,
     pub(super) name: String,
+    /// Whether it lies in no namespace.
+    pub(super) cluster: bool,
     pub(super) object: Value,
 }
 
-/// A path of the objects' snapshot: `deployments.apps/v1/web.json`.
-fn parse_path(path: &[u8]) -> Option<(ResourceName, String, String)> {
-    let mut parts = std::str::from_utf8(path).ok()?.splitn(3, '/');
+impl Captured {
+    /// As people read it: `deployments.apps web`.
+    pub(super) fn shown(&self) -> String {
+        format!("{} {}", self.resource.qualified(), self.name)
+    }
+}
+
+/// A path of the objects' snapshot: `deployments.apps/v1/web.json`, of a cluster-scoped object in a folder of its own.
+fn parse_path(path: &[u8], object: Value) -> Option<Captured> {
+    let path = std::str::from_utf8(path).ok()?;
+    let of_cluster = path.strip_prefix(CLUSTER_FOLDER).and_then(|rest| rest.strip_prefix('/'));
+    let mut parts = of_cluster.unwrap_or(path).splitn(3, '/');
     let (plural, group) = parts.next()?.split_once('.')?;
     let (version, name) = (parts.next()?, parts.next()?.strip_suffix(".json")?);
     let group = if group == "core" { String::new() } else { group.to_owned() };
-    Some((ResourceName { plural: plural.to_owned(), group }, version.to_owned(), name.to_owned()))
+    Some(Captured {
+        resource: ResourceName { plural: plural.to_owned(), group },
+        version: version.to_owned(),
+        name: name.to_owned(),
+        cluster: of_cluster.is_some(),
+        object,
+    })
 }
 
 /// The objects of a recovery point.
@@ -70,11 +87,10 @@ pub(super) async fn captured(
         .into_iter()
         .map(|(path, bytes)| {
             let shown = String::from_utf8_lossy(&path).into_owned();
-            let (resource, version, name) = parse_path(&path)
-                .ok_or_else(|| damaged(format!("the captured object `{shown}` has an unknown name")))?;
             let object = serde_json::from_slice(&bytes)
                 .map_err(|error| damaged(format!("the captured object `{shown}` is malformed: {error}")))?;
-            Ok(Captured { resource, version, name, object })
+            parse_path(&path, object)
+                .ok_or_else(|| damaged(format!("the captured object `{shown}` has an unknown name")))
         })
         .collect()
 }
@@ -165,11 +181,11 @@ async fn obstacle(
     if run.restore.spec.existing.resources != ExistingResources::Fail {
         return Ok(None);
     }
-    for captured in objects {
+    for captured in objects.iter().filter(|captured| !captured.cluster) {
         let Some(resource) = resources.find(captured) else { continue };
         let api: Api<DynamicObject> = Api::namespaced_with(context.client.clone(), &run.namespace, resource);
         if api.get_opt(&captured.name).await.context("cannot look for an existing object")?.is_some() {
-            existing.push(format!("{} {}", captured.resource.qualified(), captured.name));
+            existing.push(captured.shown());
         }
     }
     if existing.is_empty() {
@@ -212,6 +228,9 @@ pub(super) async fn plan(run: &mut Run, context: &Context) -> Result<Option<Dura
         run.set(ConditionType::Planned, State::Unknown, Reason::RepositoryNotReady, message);
         run.save(context).await?;
         return Ok(Some(PAUSE));
+    }
+    if let Err(refusal) = super::cluster::account(run, context).await? {
+        return refuse(run, context, refusal).await;
     }
     match prepare(run, context, &source, &object).await? {
         Ok(()) => Ok(None),
@@ -352,14 +371,18 @@ mod tests {
 
     #[test]
     fn names_of_captured_objects_are_read_back() {
-        let (resource, version, name) = parse_path(b"deployments.apps/v1/web.json").unwrap();
-        assert_eq!((resource.qualified().as_str(), version.as_str(), name.as_str()), ("deployments.apps", "v1", "web"));
-        assert_eq!(parse_path(b"secrets.core/v1/a.b.json").unwrap().0.group, "");
-        assert_eq!(parse_path(b"secrets.core/v1/a.b.json").unwrap().2, "a.b");
-        assert!(
-            parse_path(b"strange").is_none()
-                && parse_path(b"a.b/v1/x").is_none()
-                && parse_path(b"\xff.b/v1/x.json").is_none()
+        let parse = |path: &[u8]| parse_path(path, Value::Null);
+        let found = parse(b"deployments.apps/v1/web.json").unwrap();
+        assert_eq!(
+            (found.shown().as_str(), found.version.as_str(), found.cluster),
+            ("deployments.apps web", "v1", false)
         );
+        let secret = parse(b"secrets.core/v1/a.b.json").unwrap();
+        assert_eq!((secret.resource.group.as_str(), secret.name.as_str()), ("", "a.b"));
+        let role = parse(b"~cluster/clusterroles.rbac.authorization.k8s.io/v1/system:x.json").unwrap();
+        assert_eq!((role.shown().as_str(), role.cluster), ("clusterroles.rbac.authorization.k8s.io system:x", true));
+        for strange in [&b"strange"[..], b"a.b/v1/x", b"\xff.b/v1/x.json", b"~cluster", b"~cluster/a.b/x.json"] {
+            assert!(parse(strange).is_none());
+        }
     }
 }
