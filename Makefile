@@ -8,7 +8,7 @@ TARGET := x86_64-unknown-linux-gnu
 OUT := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help quickstart test build programs images cluster-up cluster-down \
-        fmt lint tidy unit go-test store-test api-test e2e codegen
+        fmt lint tidy unit go-test store-test api-test e2e bench-app codegen
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -43,6 +43,9 @@ lint: ## lints, as errors
 
 tidy: ## generated files are current, crate edges and documents hold
 	cargo xtask tidy
+
+bench-app: images ## back up and restore a whole application, beside Velero's figures; SCALE=0.01 for a quick run
+	@e2e/bench/app
 
 codegen: ## write what is generated
 	cargo xtask codegen
