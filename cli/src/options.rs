@@ -1,6 +1,7 @@
 //! What can be written on the command line, and the exit codes.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -64,6 +65,10 @@ pub(crate) enum Command {
     Restore(Restore),
     /// Check the repository
     Check(Check),
+    /// Take snapshots off the list, by rules or by name; `expire` gives their space back
+    Forget(Forget),
+    /// Delete what no snapshot refers to any more, and repack what is mostly dead
+    Expire(Expire),
 }
 
 #[derive(Args, Debug)]
@@ -135,6 +140,93 @@ pub(crate) struct Check {
     pub(crate) read_data: bool,
 }
 
+/// Forgotten snapshots disappear from every list at once and cannot be brought back. Their space comes back with
+/// `lifeboat expire`. Rules look at each lineage by itself; its newest snapshot, and its newest without skipped files,
+/// stay whatever the rules say.
+#[derive(Args, Debug)]
+pub(crate) struct Forget {
+    /// Forget exactly these: ids or their first characters. A recovery point goes with its members
+    #[arg(value_name = "SNAPSHOT", required_unless_present = "rules", conflicts_with_all = ["rules", "lineage", "tag"])]
+    pub(crate) snapshots: Vec<String>,
+    #[command(flatten)]
+    pub(crate) rules: Rules,
+    /// Only this lineage
+    #[arg(long)]
+    pub(crate) lineage: Option<String>,
+    /// Only with this label; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = tag)]
+    pub(crate) tag: Vec<(String, String)>,
+    /// Where days, weeks, months and years begin: a name like Europe/Berlin. Default: this machine's
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) time_zone: Option<String>,
+    /// Change nothing, and say what would stay and why
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+}
+
+/// What stays. Several rules keep what any of them keeps.
+#[derive(Args, Debug)]
+#[group(id = "rules", multiple = true)]
+pub(crate) struct Rules {
+    /// The newest N
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_last: Option<u32>,
+    /// The newest of each of the last N hours that have any
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_hourly: Option<u32>,
+    /// The newest of each of the last N days that have any
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_daily: Option<u32>,
+    /// The newest of each of the last N weeks that have any
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_weekly: Option<u32>,
+    /// The newest of each of the last N months that have any
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_monthly: Option<u32>,
+    /// The newest of each of the last N years that have any
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_yearly: Option<u32>,
+    /// All that are at most so much older than the newest: 30d, 2w, 1y6mo
+    #[arg(long, value_name = "AGE")]
+    pub(crate) keep_within: Option<jiff::Span>,
+}
+
+/// Any number may run at once, also while others back up or restore. Stopped at any point, the next one goes on.
+#[derive(Args, Debug)]
+pub(crate) struct Expire {
+    /// How much may be copied to take the space of dead files back from packs that are mostly dead: 500MiB, 4GiB, 0
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = size)]
+    pub(crate) repack_budget: u64,
+    /// How long to wait for backups that are running, before the rest is left for the next time
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    pub(crate) wait: Duration,
+    /// A backup or restore that gave no sign of life for so long is taken for dead
+    #[arg(long, value_name = "TIME", default_value = "15m", value_parser = duration)]
+    pub(crate) silence: Duration,
+    /// Change nothing, and say what would be done
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed: jiff::SignedDuration = text.parse().map_err(|_| "write a time like 30s, 15m or 2h".to_owned())?;
+    Duration::try_from(parsed).map_err(|_| "a time cannot be negative".to_owned())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        "TiB" | "T" => 40,
+        _ => return Err("write a size like 500MiB or 4GiB".to_owned()),
+    };
+    let number: u64 = digits.trim().parse().map_err(|_| "write a size like 500MiB or 4GiB".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "the size is too large".to_owned())
+}
+
 fn tag(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -150,6 +242,14 @@ mod tests {
     #[test]
     fn the_arguments_are_well_formed() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_times_are_read_as_they_are_written() {
+        assert_eq!((size("0"), size("500MiB"), size("4GiB")), (Ok(0), Ok(500 << 20), Ok(4 << 30)));
+        assert!(["", "GiB", "1GB", "-1", "99999999999TiB"].iter().all(|text| size(text).is_err()));
+        assert_eq!(duration("15m"), Ok(Duration::from_mins(15)));
+        assert!(["", "5", "-5m"].iter().all(|text| duration(text).is_err()));
     }
 
     #[test]

@@ -156,6 +156,63 @@ fn damage_is_found_and_makes_the_exit_code_three() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("pack"), "{output:?}");
 }
 
+#[test]
+fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
+    let machine = Machine::new();
+    let source = machine.path("source");
+    machine.prints(&["init"]);
+    for number in 0..4 {
+        // Nothing that compresses, and nothing that is the same twice.
+        let content: String = (0..30_000u64).map(|at| format!("{:x}", (at + 1) * (number + 7) * 0x9e37_79b9)).collect();
+        write(&source, &[("changes", &content), ("stays", "the same")]);
+        machine.prints(&["backup", &source]);
+    }
+    let bytes = |machine: &Machine| -> u64 {
+        walk(Path::new(&machine.path("repository/p"))).iter().map(|pack| pack.metadata().unwrap().len()).sum()
+    };
+    let before = bytes(&machine);
+    assert!(machine.fails(2, &["forget"]).contains("SNAPSHOT"), "without rules and names nothing is forgotten");
+    let planned = machine.json(&["forget", "--keep-last", "2", "--dry-run", "--json"]);
+    let kept = |planned: &Value| -> Vec<bool> {
+        planned["snapshots"].as_array().unwrap().iter().map(|s| s["keep"].as_bool().unwrap()).collect()
+    };
+    assert_eq!(kept(&planned), [false, false, true, true]);
+    assert_eq!(planned["snapshots"][3]["reasons"][0], "newest 1 of 2");
+    assert_eq!(machine.json(&["snapshots", "--json"]).as_array().unwrap().len(), 4);
+    assert_eq!(kept(&machine.json(&["forget", "--keep-last", "2", "--lineage", "other", "--json"])), [false; 0]);
+
+    let said = machine.prints(&["forget", "--keep-last", "2", "--time-zone", "Europe/Berlin"]);
+    assert!(said.contains("lifeboat expire"), "{said}");
+    let left = machine.json(&["snapshots", "--json"]);
+    assert_eq!(left.as_array().unwrap().len(), 2);
+    assert!(machine.fails(1, &["ls", planned["snapshots"][0]["id"].as_str().unwrap()]).contains("no snapshot"));
+    assert_eq!(bytes(&machine), before, "only expiry gives space back");
+
+    let planned = machine.json(&["expire", "--dry-run", "--json"]);
+    assert!(planned["bytesDeleted"].as_u64().unwrap() > 0);
+    assert_eq!(bytes(&machine), before);
+    let done = machine.json(&["expire", "--json"]);
+    assert_eq!(
+        (done["done"].as_bool(), done["snapshotsRemoved"].as_u64(), done["snapshots"].as_u64()),
+        (Some(true), Some(2), Some(2))
+    );
+    assert!(bytes(&machine) < before * 2 / 3, "{before} {}", bytes(&machine));
+    assert_eq!(machine.json(&["check", "--read-data", "--json"])["problems"].as_array().map(Vec::len), Some(0));
+    let target = machine.path("target");
+    machine.prints(&["restore", "latest", &target]);
+    assert_eq!(std::fs::read_to_string(Path::new(&target).join("stays")).unwrap(), "the same");
+    machine.prints(&["backup", &source]);
+
+    // By name.
+    let id = left[0]["id"].as_str().unwrap();
+    machine.prints(&["forget", &id[..8]]);
+    assert!(machine.fails(1, &["forget", &id[..8]]).contains("no snapshot"));
+    assert!(machine.fails(2, &["forget", &id[..8], "--keep-last", "1"]).contains("cannot be used"));
+    let said = machine.prints(&["expire", "--repack-budget", "0"]);
+    assert!(said.contains("2 snapshots live"), "{said}");
+    assert!(machine.fails(1, &["forget", "--keep-last", "1", "--time-zone", "Nowhere/Else"]).contains("time zone"));
+}
+
 fn walk(folder: &Path) -> Vec<std::path::PathBuf> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {

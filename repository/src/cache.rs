@@ -40,7 +40,12 @@ impl ObjectCache {
         Ok(bytes)
     }
 
-    fn put(&self, key: &str, bytes: &Bytes) {
+    /// What this cache alone keeps: derived data, which ends with a hash of its own.
+    pub(crate) async fn get_local(&self, key: &str) -> Option<Bytes> {
+        tokio::fs::read(self.path(key)?).await.ok().map(Bytes::from)
+    }
+
+    pub(crate) fn put(&self, key: &str, bytes: &Bytes) {
         let Some(path) = self.path(key) else { return };
         let Some(parent) = path.parent() else { return };
         let written = std::fs::create_dir_all(parent).and_then(|()| {
@@ -54,10 +59,11 @@ impl ObjectCache {
         }
     }
 
-    /// Drops a copy that proved damaged.
+    /// Drops a copy that proved damaged, or of an object that was deleted.
     pub(crate) fn forget(&self, key: &str) {
         if let Some(path) = self.path(key)
             && let Err(error) = std::fs::remove_file(&path)
+            && error.kind() != std::io::ErrorKind::NotFound
         {
             debug!(key, %error, "a cached object was not removed");
         }

@@ -12,13 +12,15 @@ use crate::commits::CommitLogError;
 use crate::directories::DirectoryError;
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
+use crate::expire::ExpireError;
+use crate::expire::marks::LiveRefs;
 use crate::id::{ChunkRef, PackId, Place, SessionId, SnapshotId};
 use crate::keyring::KeyRingError;
 use crate::manifest::{Contents, Kind, Manifest, ManifestError, Piece, Regular};
 use crate::pack::{Directory, FrameError, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_hash};
 use crate::progress::Progress;
-use crate::refset::{MAX_REFSET_BYTES, Refset, refset_key};
 use crate::repository::Repository;
+use crate::session::references::{References, ReferencesError};
 use crate::sink::ChunkSource;
 use crate::snapshot::{Content, Snapshot};
 use crate::store::StoreError;
@@ -115,6 +117,9 @@ pub enum CheckError {
     /// The store failed.
     #[error("the store failed during the check")]
     Store(#[from] StoreError),
+    /// The marks of expiry, which tell what was removed rightly, cannot be read.
+    #[error("cannot tell which commits expired")]
+    Marks(#[source] Box<ExpireError>),
     /// The key that opened the repository cannot read data.
     #[error("this key can write but not read data; check without reading data, or use a key with the private part")]
     NoPrivateKey,
@@ -131,6 +136,7 @@ impl Classified for CheckError {
         match self {
             Self::Log(error) => error.class(),
             Self::Store(error) => error.class(),
+            Self::Marks(error) => error.class(),
             Self::NoPrivateKey => ErrorClass::Key,
             Self::Cancelled => ErrorClass::Invalid,
             Self::Worker(_) => ErrorClass::Local,
@@ -146,15 +152,16 @@ impl Repository {
         }
         let snapshots = self.snapshots().await?;
         let mut check = Check { repository: self, report: CheckReport::default(), progress };
-        check.report.problems.extend(self.engine.commits.omissions().into_iter().map(Problem::MissingCommit));
+        let omissions = self.omissions().await.map_err(|error| CheckError::Marks(Box::new(error)))?;
+        check.report.problems.extend(omissions.into_iter().map(Problem::MissingCommit));
         let known: BTreeSet<_> = snapshots.iter().map(|snapshot| snapshot.id).collect();
         let mut used: BTreeMap<PackId, BTreeSet<u16>> = BTreeMap::new();
         for snapshot in &snapshots {
             check.progress.add_entry();
             check.report.snapshots += 1;
-            let refs = check.refset(snapshot).await?;
+            let refs = check.references(snapshot).await?;
             check.content(snapshot, &refs, &known).await?;
-            for (pack, slots) in refs.packs() {
+            for (pack, slots) in refs.set().packs() {
                 used.entry(pack).or_default().extend(slots);
             }
         }
@@ -171,28 +178,30 @@ struct Check<'a> {
 
 impl Check<'_> {
     /// The snapshot's references, as committed.
-    async fn refset(&mut self, snapshot: &Snapshot) -> Result<Refset, CheckError> {
+    async fn references(&mut self, snapshot: &Snapshot) -> Result<References, CheckError> {
         let engine = &self.repository.engine;
-        let mut problem = |what: String| {
-            self.report.problems.push(Problem::Refset { snapshot: snapshot.id, what });
-            Refset::default()
+        let newest = engine.commits.references().get(&snapshot.id).copied();
+        let loaded = match newest {
+            Some(LiveRefs { version, hash, .. }) => {
+                References::load(engine, snapshot.id, version, &hash, &engine.commits.movers()).await
+            }
+            None => Err(ReferencesError::Missing { snapshot: snapshot.id }),
         };
-        let bytes = match engine.store.get(&refset_key(snapshot.id), MAX_REFSET_BYTES).await {
-            Ok(bytes) => bytes,
-            Err(error) if error.is_not_found() => return Ok(problem("are missing".into())),
-            Err(error) => return Err(error.into()),
+        let what = match loaded {
+            Ok(references) => return Ok(references),
+            Err(ReferencesError::Store(error)) => return Err(error.into()),
+            Err(ReferencesError::Missing { .. }) => "are missing".to_owned(),
+            Err(ReferencesError::Damaged { source, .. }) => format!("are damaged: {source}"),
         };
-        if engine.commits.refset_hash(snapshot).as_deref() != Some(blake3::hash(&bytes).to_hex().as_str()) {
-            return Ok(problem("are not the ones committed".into()));
-        }
-        Ok(Refset::parse(snapshot.id, &bytes).unwrap_or_else(|error| problem(format!("are damaged: {error}"))))
+        self.report.problems.push(Problem::Refset { snapshot: snapshot.id, what });
+        Ok(References::default())
     }
 
     /// That the file list can be read, and that all its chunks are among the references.
     async fn content(
         &mut self,
         snapshot: &Snapshot,
-        refs: &Refset,
+        refs: &References,
         known: &BTreeSet<SnapshotId>,
     ) -> Result<(), CheckError> {
         match &snapshot.content {
@@ -219,7 +228,7 @@ impl Check<'_> {
         snapshot: &Snapshot,
         root: &[ChunkRef],
         skipped: &[ChunkRef],
-        refs: &Refset,
+        refs: &References,
     ) -> Result<(), ManifestError> {
         let source: Arc<dyn ChunkSource> = self.repository.reader()?;
         for chunk in root.iter().chain(skipped) {
@@ -252,7 +261,7 @@ impl Check<'_> {
         snapshot: &Snapshot,
         manifest: &Manifest,
         file: &Regular,
-        refs: &Refset,
+        refs: &References,
     ) -> Result<(), ManifestError> {
         if let Contents::Listed(lists) = &file.contents {
             for chunk in lists {
@@ -270,8 +279,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn is_referenced(&mut self, snapshot: &Snapshot, chunk: &ChunkRef, refs: &Refset) {
-        if !refs.contains(chunk.place) {
+    fn is_referenced(&mut self, snapshot: &Snapshot, chunk: &ChunkRef, refs: &References) {
+        if refs.place(chunk).is_none() {
             self.report.problems.push(Problem::Unreferenced { snapshot: snapshot.id, place: chunk.place });
         }
     }

@@ -1,6 +1,7 @@
 //! Pack directories, fetched by one small read each and kept within a budget.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use quick_cache::{Weighter, sync::Cache};
 use thiserror::Error;
@@ -30,8 +31,8 @@ pub(crate) enum DirectoryError {
 #[derive(Debug, Clone)]
 struct ByMemory;
 
-impl Weighter<PackId, Arc<Directory>> for ByMemory {
-    fn weight(&self, _: &PackId, directory: &Arc<Directory>) -> u64 {
+impl Weighter<(u64, PackId), Arc<Directory>> for ByMemory {
+    fn weight(&self, _: &(u64, PackId), directory: &Arc<Directory>) -> u64 {
         directory.weight() as u64
     }
 }
@@ -41,17 +42,26 @@ impl Weighter<PackId, Arc<Directory>> for ByMemory {
 pub(crate) struct Directories {
     store: Arc<dyn Store>,
     keys: Arc<KeyRing>,
-    cache: Cache<PackId, Arc<Directory>, ByMemory>,
+    /// By the number of renewals before the fetch, so that what was fetched before the last is not used after it.
+    cache: Cache<(u64, PackId), Arc<Directory>, ByMemory>,
+    renewals: AtomicU64,
 }
 
 impl Directories {
     pub(crate) fn new(store: Arc<dyn Store>, keys: Arc<KeyRing>) -> Self {
-        Self { store, keys, cache: Cache::with_weighter(4096, BUDGET_BYTES, ByMemory) }
+        Self { store, keys, cache: Cache::with_weighter(4096, BUDGET_BYTES, ByMemory), renewals: AtomicU64::new(0) }
+    }
+
+    /// From now on a directory that is given proves that its pack existed after this call: others may have been
+    /// deleted by expiry meanwhile. Whoever registers calls this after it.
+    pub(crate) fn renew(&self) {
+        self.renewals.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The directory of a pack; those who ask at once share one fetch.
     pub(crate) async fn get(&self, pack: PackId) -> Result<Arc<Directory>, DirectoryError> {
-        self.cache.get_or_insert_async(&pack, self.fetch(pack)).await
+        let key = (self.renewals.load(Ordering::SeqCst), pack);
+        self.cache.get_or_insert_async(&key, self.fetch(pack)).await
     }
 
     /// The slot of a chunk in a pack, if the pack has it.

@@ -5,18 +5,21 @@ use std::sync::Arc;
 use futures::TryStreamExt;
 use tracing::debug;
 
+use crate::cache::ObjectCache;
 use crate::commits::CommitLog;
 use crate::config::Config;
 use crate::directories::Directories;
+use crate::expire::marks::MarkKey;
 use crate::id::{ChunkId, SessionId};
 use crate::index::Index;
 use crate::keyring::KeyRing;
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 
 /// The parts of an open repository.
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) store: Arc<dyn Store>,
+    pub(crate) cache: ObjectCache,
     pub(crate) config: Config,
     pub(crate) keys: Arc<KeyRing>,
     pub(crate) index: Index,
@@ -30,9 +33,9 @@ impl Engine {
         ChunkId(*blake3::keyed_hash(self.keys.domain().id.bytes(), plain).as_bytes())
     }
 
-    /// Whether expiry has begun in this repository: marks that a writer must honour.
-    pub(crate) async fn has_expiry_marks(&self) -> Result<bool, StoreError> {
-        Ok(self.store.list("g/").try_next().await?.is_some())
+    /// The key of expiry's marks.
+    pub(crate) fn mark_key(&self) -> MarkKey {
+        MarkKey::new(self.keys.domain().structure.bytes())
     }
 
     /// Removes a decided session's heartbeats; they are hints, so a failure is only logged.

@@ -228,7 +228,8 @@ impl Repository {
             engine: Arc::new(Engine {
                 index: Index::new(Arc::clone(&store), cache.clone()),
                 directories: Directories::new(Arc::clone(&store), Arc::clone(&keys)),
-                commits: CommitLog::new(Arc::clone(&store), cache, Arc::clone(&keys)),
+                commits: CommitLog::new(Arc::clone(&store), cache.clone(), Arc::clone(&keys)),
+                cache,
                 keys,
                 config,
                 store,
@@ -246,16 +247,13 @@ impl Repository {
         &self.engine.config
     }
 
-    /// Every committed snapshot, oldest first.
+    /// Every committed snapshot that is not forgotten, oldest first.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>, CommitLogError> {
         self.engine.commits.refresh().await?;
-        let mut snapshots: Vec<_> = self
-            .engine
-            .commits
-            .all()
-            .into_iter()
-            .flat_map(|(_, committed)| committed.commit.snapshots.clone())
-            .collect();
+        let forgotten = self.engine.commits.all_forgotten();
+        let all = self.engine.commits.all();
+        let snapshots = all.iter().flat_map(|(_, committed)| &committed.commit.snapshots);
+        let mut snapshots: Vec<_> = snapshots.filter(|snapshot| !forgotten.contains(&snapshot.id)).cloned().collect();
         snapshots.sort_by_key(|snapshot| (snapshot.time, snapshot.id));
         Ok(snapshots)
     }

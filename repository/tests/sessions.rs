@@ -14,7 +14,7 @@ use lifeboat_repository::repository::{
     AbortOutcome, FindError, InitError, InitOptions, OpenError, OpenOptions, Repository,
 };
 use lifeboat_repository::session::{Session, SessionError, SessionOptions};
-use lifeboat_repository::sink::{ChunkKind, ChunkRef, ChunkSink, ChunkSource};
+use lifeboat_repository::sink::{ChunkKind, ChunkRef, ChunkSink, ChunkSource, Place};
 use lifeboat_repository::snapshot::{Content, Counts, NewSnapshot, WriteStats};
 use lifeboat_repository::store::memory::{Memory, Mutation};
 use lifeboat_repository::store::{ByteRange, Store};
@@ -96,7 +96,7 @@ async fn known_chunks_are_not_stored_again() {
     assert!(!put(&session, ChunkKind::Data, &plain).await.1, "the same session");
     let stats = session.stats();
     assert_eq!((stats.chunks, stats.new_chunks, stats.new_bytes), (2, 1, 1 << 20));
-    session.commit(vec![snapshot("a", Vec::new())]).await.unwrap();
+    let parent = session.commit(vec![snapshot("a", Vec::new())]).await.unwrap().remove(0);
 
     let session = repository.begin(SessionOptions::default()).await.unwrap();
     assert!(!put(&session, ChunkKind::Data, &plain).await.1, "the same process");
@@ -104,7 +104,11 @@ async fn known_chunks_are_not_stored_again() {
     let session = open(&store).await.begin(SessionOptions::default()).await.unwrap();
     let (chunk, new) = put(&session, ChunkKind::Data, &plain).await;
     assert!(!new, "another process");
+    assert!(!session.inherit(&chunk), "no parent was named");
+    session.inherit_from(&parent).await.unwrap();
     assert!(session.inherit(&chunk));
+    let other = ChunkRef { place: Place { slot: 77, ..chunk.place }, ..chunk };
+    assert!(!session.inherit(&other), "the parent does not refer to it");
 }
 
 #[tokio::test]
@@ -325,11 +329,18 @@ async fn a_missing_pack_is_named() {
 }
 
 #[tokio::test]
-async fn a_later_format_and_expiry_marks_are_refused() {
+async fn a_later_format_and_marks_of_expiry_that_cannot_be_read_are_refused() {
     let (store, repository) = made().await;
+    for lane in 0..4 {
+        let slot = format!("e/0000000000/{lane:04}/0000000000");
+        store.put_if_absent(&slot, b"LBSEAL01".to_vec().into()).await.unwrap();
+    }
+    let error = repository.begin(SessionOptions::default()).await.unwrap_err();
+    assert!(matches!(error, SessionError::Marks { .. }), "the epoch before is sealed, so there must be marks: {error}");
     store.put_if_absent("g/0000000001/condemned", b"x".to_vec().into()).await.unwrap();
     let error = repository.begin(SessionOptions::default()).await.unwrap_err();
-    assert!(matches!(error, SessionError::NeedsNewer), "{error}");
+    assert!(matches!(error, SessionError::Marks { .. }), "{error}");
+    assert_eq!(error.class(), ErrorClass::Damaged);
     let config = store.get_range("config", ByteRange::Suffix(1 << 20)).await.unwrap();
     let newer = String::from_utf8(config.to_vec()).unwrap().replace("\"format\": 1", "\"format\": 2");
     let other = Memory::new();

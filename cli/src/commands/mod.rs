@@ -2,6 +2,8 @@
 
 mod backup;
 mod check;
+mod expire;
+mod forget;
 mod init;
 mod ls;
 mod restore;
@@ -23,6 +25,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Ls(options) => ls::run(&global, &options).await,
         Command::Restore(options) => restore::run(&global, &options).await,
         Command::Check(options) => check::run(&global, &options).await,
+        Command::Forget(options) => forget::run(&global, &options).await,
+        Command::Expire(options) => expire::run(&global, &options).await,
     }?;
     Ok(ExitCode::from(code))
 }

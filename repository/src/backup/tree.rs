@@ -54,6 +54,9 @@ pub async fn tree_in(
     progress: Arc<Progress>,
 ) -> Result<BackupReport, BackupError> {
     let work = async {
+        if let Some(parent) = &options.parent {
+            session.inherit_from(parent).await?;
+        }
         let input = Input {
             sink: Arc::clone(&session) as Arc<dyn ChunkSink>,
             source: repository.reader().map_err(BackupError::Reader)?,

@@ -20,13 +20,20 @@ use crate::store::{Store, StoreError};
 /// Where segments lie.
 pub(crate) const INDEX_PREFIX: &str = "x0/";
 /// No segment is larger: 2^22 entries of 24 bytes, fences and filter.
-const MAX_SEGMENT_BYTES: u64 = 160 << 20;
+pub(crate) const MAX_SEGMENT_BYTES: u64 = 160 << 20;
+/// In place of a segment: the session was aborted and publishes no more.
+pub(crate) const SEAL_MAGIC: &[u8; 8] = b"LBSEAL01";
 /// Segments fetched at once when an index is loaded.
 const PARALLEL_FETCHES: usize = 16;
 
 /// Key of a session's segment.
 pub(crate) fn segment_key(session: SessionId, number: u32) -> String {
     format!("{INDEX_PREFIX}{session}/{number:08x}")
+}
+
+/// Where the segments of a session lie.
+pub(crate) fn segments_prefix(session: SessionId) -> String {
+    format!("{INDEX_PREFIX}{session}/")
 }
 
 fn parse_segment_key(key: &str) -> Option<(SessionId, u32)> {
@@ -81,6 +88,7 @@ impl Index {
             return Ok((key, None));
         };
         match self.cache.get(&*self.store, &key, MAX_SEGMENT_BYTES).await {
+            Ok(bytes) if &bytes[..] == SEAL_MAGIC => Ok((key, None)),
             Ok(bytes) => match Segment::parse(session, bytes) {
                 Ok(segment) => Ok((key, Some(segment))),
                 Err(error) => {

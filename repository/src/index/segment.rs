@@ -1,5 +1,7 @@
 //! One index segment: sorted entries, fences per block, a binary fuse filter, a hash.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use xorf::{BinaryFuse8, Descriptor, Filter};
 
@@ -119,6 +121,12 @@ impl Segment {
 
     fn fence(&self, block: usize) -> &[u8] {
         &self.bytes[self.fences_at + block * PREFIX_BYTES..][..PREFIX_BYTES]
+    }
+
+    /// The numbers of the packs that it speaks of.
+    pub(crate) fn packs(&self) -> BTreeSet<u32> {
+        let number = |entry: &[u8]| entry[PREFIX_BYTES..].first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+        (0..self.count).filter_map(|at| number(self.entry(at))).collect()
     }
 
     /// Where this segment says the chunk lies.

@@ -6,11 +6,14 @@ use super::directory::{Directory, SlotEntry};
 use super::frame::{Expected, SealedFrame};
 use super::layout::{self, DirectorySpan, HEADER_BYTES, PackKind, TARGET_PACK_BYTES};
 use crate::crypto::{Cipher, CryptoError};
-use crate::id::{ChunkId, PackId};
+use crate::id::{ChunkId, PackId, SessionId};
 use crate::store::Payload;
 
 /// A directory slot has a 16-bit number.
 const MAX_SLOTS: usize = 1 << 16;
+
+/// A slot names its origin by 16 bits as well; fewer keep directories small.
+const MAX_ORIGINS: usize = 4096;
 
 /// A pack that takes frames.
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub(crate) struct PackBuilder {
     /// Bytes of header and frames.
     len: usize,
     slots: Vec<SlotEntry>,
+    /// Whose keys sealed the frames: this session's, and those that copied frames come from.
+    origins: Vec<SessionId>,
     kind: PackKind,
 }
 
@@ -40,39 +45,55 @@ impl SealedPack {
 
 impl PackBuilder {
     pub(crate) fn new(id: PackId, kind: PackKind) -> Self {
-        Self { id, frames: Vec::new(), len: HEADER_BYTES, slots: Vec::new(), kind }
+        Self { id, frames: Vec::new(), len: HEADER_BYTES, slots: Vec::new(), origins: vec![id.session], kind }
     }
 
     /// Appends a frame and returns its slot.
     pub(crate) fn push(&mut self, frame: SealedFrame) -> u16 {
+        let expected = Expected {
+            id: frame.id,
+            kind: frame.kind,
+            codec: frame.codec,
+            plain_len: frame.plain_len,
+            counter: frame.counter,
+        };
+        self.append(expected, frame.bytes.into(), 0)
+    }
+
+    /// Appends a frame as it lies in another pack, sealed under keys of the session `origin`.
+    pub(crate) fn push_copy(&mut self, expected: Expected, frame: Bytes, origin: SessionId) -> u16 {
+        let known = self.origins.iter().position(|known| *known == origin);
+        let number = known.unwrap_or_else(|| {
+            self.origins.push(origin);
+            self.origins.len() - 1
+        });
+        // Each origin has a slot at least, and there are fewer than 2^16 before the last.
+        self.append(expected, frame, u16::try_from(number).unwrap_or(u16::MAX))
+    }
+
+    fn append(&mut self, expected: Expected, frame: Bytes, origin: u16) -> u16 {
         // A pack is closed before it has too many slots or bytes, so both fit.
         let slot = u16::try_from(self.slots.len()).unwrap_or(u16::MAX);
         let fits = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        self.slots.push(SlotEntry {
-            expected: Expected {
-                id: frame.id,
-                kind: frame.kind,
-                codec: frame.codec,
-                plain_len: frame.plain_len,
-                counter: frame.counter,
-            },
-            offset: fits(self.len),
-            len: fits(frame.bytes.len()),
-            origin: 0,
-        });
-        self.len += frame.bytes.len();
-        self.frames.push(frame.bytes.into());
+        self.slots.push(SlotEntry { expected, offset: fits(self.len), len: fits(frame.len()), origin });
+        self.len += frame.len();
+        self.frames.push(frame);
         slot
+    }
+
+    /// Bytes so far.
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// Whether the pack should be closed before it takes more.
     pub(crate) fn is_full(&self) -> bool {
-        self.len >= TARGET_PACK_BYTES || self.slots.len() >= MAX_SLOTS
+        self.len >= TARGET_PACK_BYTES || self.slots.len() >= MAX_SLOTS || self.origins.len() >= MAX_ORIGINS
     }
 
     /// Closes the pack: padding, directory, trailer.
     pub(crate) fn seal(self, structure: &Cipher) -> Result<SealedPack, CryptoError> {
-        let directory = Directory::new(vec![self.id.session], self.slots);
+        let directory = Directory::new(self.origins, self.slots);
         let sealed = directory.seal(self.id, structure)?;
         let pad = layout::padding(self.len + sealed.len() + layout::TRAILER_BYTES);
         let mut hasher = blake3::Hasher::new();
@@ -101,7 +122,6 @@ impl PackBuilder {
 mod tests {
     use super::*;
     use crate::crypto::SecretKey;
-    use crate::id::SessionId;
     use crate::pack::frame::{open_frame, seal_frame};
     use crate::sink::ChunkKind;
 

@@ -25,9 +25,19 @@ pub(crate) enum PackKind {
     Metadata = 1,
 }
 
+/// Where packs lie.
+pub(crate) const PACKS_PREFIX: &str = "p/";
+
 /// Key of a pack's object.
 pub(crate) fn pack_key(pack: PackId) -> String {
-    format!("p/{}/{:08x}", pack.session, pack.seq)
+    format!("{PACKS_PREFIX}{}/{:08x}", pack.session, pack.seq)
+}
+
+/// The pack of a key.
+pub(crate) fn parse_pack_key(key: &str) -> Option<PackId> {
+    let (session, seq) = key.strip_prefix(PACKS_PREFIX)?.split_once('/')?;
+    let pack = PackId { session: session.parse().ok()?, seq: u32::from_str_radix(seq, 16).ok()? };
+    (pack_key(pack) == key).then_some(pack)
 }
 
 /// The first bytes of a pack.
@@ -129,6 +139,8 @@ mod tests {
     fn keys_and_headers_name_the_pack() {
         let id = PackId { session: SessionId::random(), seq: 0xab };
         assert_eq!(pack_key(id), format!("p/{}/000000ab", id.session));
+        assert_eq!(parse_pack_key(&pack_key(id)), Some(id));
+        assert_eq!(parse_pack_key("p/ab/0"), None);
         assert_eq!(parse_header(&header(id, PackKind::Metadata)), Ok(id));
     }
 

@@ -9,5 +9,8 @@ mod layout;
 
 pub(crate) use builder::PackBuilder;
 pub(crate) use directory::{Directory, SlotEntry};
-pub(crate) use frame::{FrameError, SealedFrame, open_frame, seal_frame};
-pub(crate) use layout::{DirectorySpan, MAX_PACK_BYTES, PackKind, TRAILER_BYTES, pack_key, parse_header, verify_hash};
+pub(crate) use frame::{Expected, FrameError, SealedFrame, open_frame, seal_frame};
+pub(crate) use layout::{
+    DirectorySpan, MAX_PACK_BYTES, PACKS_PREFIX, PackKind, TRAILER_BYTES, pack_key, parse_header, parse_pack_key,
+    verify_hash,
+};

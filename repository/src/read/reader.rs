@@ -33,6 +33,12 @@ struct Located {
     origin: SessionId,
 }
 
+impl Located {
+    fn chunk(&self) -> ChunkRef {
+        ChunkRef { id: self.entry.expected.id, len: self.entry.expected.plain_len, place: self.place }
+    }
+}
+
 /// Reads chunks of a repository.
 #[derive(Debug)]
 pub struct Reader {
@@ -97,6 +103,23 @@ impl Reader {
         }))
     }
 
+    /// A chunk whose pack was deleted after its directory was read: expiry moved it, and the index tells where to.
+    async fn get_elsewhere(&self, chunk: ChunkRef) -> Result<Bytes, ReadError> {
+        self.engine.directories.renew();
+        *self.index_loaded.lock().await = false;
+        let located = self.locate(&chunk).await?;
+        let start = u64::from(located.entry.offset);
+        let frame = self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await?;
+        self.open(located, frame).await
+    }
+
+    /// Where a chunk is found now.
+    #[cfg(test)]
+    pub(crate) async fn locate_for_test(&self, chunk: &ChunkRef) -> Option<Place> {
+        self.engine.directories.renew();
+        self.locate(chunk).await.ok().map(|located| located.place)
+    }
+
     async fn fetch(&self, pack: PackId, range: std::ops::Range<u64>) -> Result<Bytes, ReadError> {
         self.engine
             .store
@@ -136,6 +159,14 @@ impl Reader {
     ) -> Vec<Result<(usize, Bytes), ReadError>> {
         let bytes = match self.fetch(read.pack, read.range.clone()).await {
             Ok(bytes) => bytes,
+            Err(error) if is_gone(&error) => {
+                let mut found = Vec::with_capacity(read.frames.len());
+                for Wanted { number, .. } in read.frames {
+                    let (index, located) = located[number];
+                    found.push(self.get_elsewhere(located.chunk()).await.map(|plain| (index, plain)));
+                }
+                return found;
+            }
             Err(error) => return read.frames.iter().map(|_| Err(error.clone())).collect(),
         };
         let mut opened = Vec::with_capacity(read.frames.len());
@@ -181,6 +212,11 @@ impl Reader {
     }
 }
 
+/// Whether the pack was deleted: its living chunks were moved.
+fn is_gone(error: &ReadError) -> bool {
+    matches!(error, ReadError::Store { source, .. } if source.is_not_found())
+}
+
 /// What a failed look at a directory means for those who read.
 fn explain(pack: PackId, error: DirectoryError) -> ReadError {
     match error {
@@ -197,8 +233,11 @@ impl ChunkSource for Reader {
     async fn get(&self, chunk: &ChunkRef) -> Result<Bytes, ReadError> {
         let located = self.locate(chunk).await?;
         let start = u64::from(located.entry.offset);
-        let frame = self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await?;
-        self.open(located, frame).await
+        match self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await {
+            Ok(frame) => self.open(located, frame).await,
+            Err(error) if is_gone(&error) => self.get_elsewhere(*chunk).await,
+            Err(error) => Err(error),
+        }
     }
 
     fn get_many(self: Arc<Self>, chunks: Vec<ChunkRef>) -> BoxStream<'static, Result<(usize, Bytes), ReadError>> {

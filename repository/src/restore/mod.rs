@@ -24,6 +24,7 @@ use thiserror::Error;
 use crate::error::{Classified, ErrorClass};
 use crate::manifest::ManifestError;
 use crate::read::ReadError;
+use crate::session::SessionError;
 use crate::snapshot::Counts;
 
 pub use verb::tree;
@@ -144,6 +145,9 @@ pub enum RestoreError {
     /// Content cannot be read, and the reason is not that it is damaged.
     #[error("cannot read the repository")]
     Read(#[from] ReadError),
+    /// The restore cannot register as a reader, so that expiry would not know of it.
+    #[error("cannot register the restore")]
+    Pin(#[from] SessionError),
     /// No entry is what was chosen.
     #[error("the snapshot has nothing that fits {}", select.join(", "))]
     NothingSelected {
@@ -179,6 +183,7 @@ impl Classified for RestoreError {
             Self::NotATree | Self::NothingSelected { .. } => ErrorClass::Invalid,
             Self::Manifest(error) => error.class(),
             Self::Read(error) => error.class(),
+            Self::Pin(error) => error.class(),
         }
     }
 }

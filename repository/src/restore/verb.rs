@@ -40,7 +40,13 @@ pub async fn tree(
     if options.select.is_empty() {
         progress.expect_bytes(snapshot.counts.bytes);
     }
-    restore_tree(source, root, target, options, progress).await
+    // What is read must not expire meanwhile.
+    let pin = repository.pin(snapshot).await?;
+    let restored = restore_tree(source, root, target, options, progress).await;
+    if let Some(pin) = pin {
+        pin.release().await;
+    }
+    restored
 }
 
 /// As [`tree`], from any source of chunks.

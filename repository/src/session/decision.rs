@@ -30,9 +30,11 @@ pub(crate) fn parse_decision_key(key: &str) -> Option<SessionId> {
 /// What a committed session says; sealed under its structure key.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Commit {
+    /// The epoch that it registered in.
+    pub(crate) epoch: u64,
     /// What it made.
     pub(crate) snapshots: Vec<Snapshot>,
-    /// BLAKE3 of each snapshot's refset object.
+    /// BLAKE3 of each snapshot's refset object; of a session that repacked, the new versions of other snapshots' refsets.
     pub(crate) refsets: Vec<RefsetHash>,
     /// The newest commits that the session saw when it began; each names those before it.
     pub(crate) saw: Vec<SeenCommit>,
@@ -44,7 +46,16 @@ pub(crate) struct Commit {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct RefsetHash {
     pub(crate) snapshot: SnapshotId,
+    #[serde(default)]
+    pub(crate) version: u32,
     pub(crate) hash: String,
+}
+
+impl RefsetHash {
+    /// The hash as bytes; all zeros, which fit nothing, when it is malformed.
+    pub(crate) fn hash_bytes(&self) -> [u8; 32] {
+        blake3::Hash::from_hex(&self.hash).map_or([0; 32], |hash| *hash.as_bytes())
+    }
 }
 
 /// A commit that another session saw; a missing one is an omission by the store, or expired.
@@ -77,6 +88,11 @@ pub(crate) enum DecisionError {
 }
 
 impl Commit {
+    /// Whether the session repacked: it names refsets of snapshots that are not its own.
+    pub(crate) fn is_mover(&self) -> bool {
+        self.refsets.iter().any(|refset| refset.version > 0)
+    }
+
     pub(crate) fn seal(&self, session: SessionId, structure: &Cipher) -> Result<Vec<u8>, DecisionError> {
         let mut sealed = serde_json::to_vec(self).map_err(DecisionError::Malformed)?;
         structure.seal(Purpose::Commit, 0, &session.0, &mut sealed)?;
@@ -130,7 +146,7 @@ mod tests {
     fn decisions_round_trip_and_damage_is_found() {
         let session = SessionId::random();
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
-        let commit = Commit { snapshots: vec![], refsets: vec![], saw: vec![], purpose: "backup".into() };
+        let commit = Commit { epoch: 3, snapshots: vec![], refsets: vec![], saw: vec![], purpose: "backup".into() };
         let bytes = commit.seal(session, &cipher).unwrap();
         let Ok(Decision::Commit(sealed)) = Decision::parse(session, &bytes) else { panic!("no commit") };
         assert_eq!(Commit::open(session, sealed.clone(), &cipher).unwrap().purpose, "backup");

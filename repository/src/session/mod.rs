@@ -1,9 +1,16 @@
 //! Writing sessions: registered, filled with chunks, decided once.
 //!
-//! `registration` finds an epoch, `writer` packs and uploads, `decision` is the one object that makes a session
-//! count. Nothing of a session is visible before its commit exists.
+//! `registration` finds an epoch, `mask` and `references` say what may be referred to, `writer` packs and uploads,
+//! `moves` is what repacking does, `pin` what a reader does, `decision` is the one object that makes a session count.
+//! Nothing of a session is visible before its commit exists.
 
 pub(crate) mod decision;
+pub(crate) mod heartbeat;
+mod inherit;
+mod mask;
+mod moves;
+mod pin;
+pub(crate) mod references;
 pub(crate) mod registration;
 mod writer;
 
@@ -11,8 +18,12 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+pub(crate) use moves::MovedRefs;
+pub use pin::Pin;
+pub(crate) use pin::reader_refs;
 pub use writer::{Session, SessionOptions, SessionStats};
 
+use crate::commits::CommitLogError;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, SessionId};
 use crate::store::StoreError;
@@ -56,9 +67,22 @@ pub enum SessionError {
         /// What it says.
         what: String,
     },
-    /// The repository has expiry marks that this version cannot honour.
-    #[error("the repository is maintained by a newer version: use a newer program to write into it")]
-    NeedsNewer,
+    /// What the session must not refer to cannot be known, so it must not write.
+    #[error("the session {session} cannot read the marks of expiry: {what}")]
+    Marks {
+        /// The session.
+        session: SessionId,
+        /// What is wrong with them.
+        what: String,
+    },
+    /// The list of commits cannot be read.
+    #[error("the session {session} cannot read the list of snapshots")]
+    Commits {
+        /// The session.
+        session: SessionId,
+        /// Why.
+        source: Arc<CommitLogError>,
+    },
     /// Another decided that this session is dead; begin a new one (uploaded data will be found again).
     #[error("the session {session} was aborted by another; begin a new one")]
     AbortedByAnother {
@@ -79,7 +103,8 @@ impl Classified for SessionError {
             Self::ChunkTooLarge { .. } | Self::Closed { .. } => ErrorClass::Invalid,
             Self::Store { source, .. } => source.class(),
             Self::Seal { .. } | Self::Worker { .. } => ErrorClass::Local,
-            Self::NeedsNewer => ErrorClass::Unsupported,
+            Self::Marks { .. } => ErrorClass::Damaged,
+            Self::Commits { source, .. } => source.class(),
             Self::AbortedByAnother { .. } => ErrorClass::Conflict,
         }
     }

@@ -1,17 +1,24 @@
-//! Registering a session in the first epoch that is not sealed: `e/<epoch>/<lane>/<slot>`.
+//! Registering a session in the first epoch that is not sealed: `e/<epoch>/<lane>/<slot>`; sealing an epoch; and the
+//! list of all who registered in one.
 //!
-//! Slots of a lane are taken in order by put-if-absent, so a SEAL closes the lane for good. Listings only say
-//! where to begin; a stale one costs requests, never safety.
+//! Slots of a lane are taken in order by put-if-absent, so a SEAL closes the lane for good, and who registered before
+//! it can be told by reads alone. Listings only say where to begin; a stale one costs requests, never safety.
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use jiff::Timestamp;
 
+use crate::expire::marks::{MARKS_PREFIX, round_of};
 use crate::id::SessionId;
 use crate::store::{Store, StoreError};
+use crate::wire::{Fields, WireError};
 
 const REGISTER_MAGIC: &[u8; 8] = b"LBREGI01";
+const PIN_MAGIC: &[u8; 8] = b"LBPINR01";
 const SEAL_MAGIC: &[u8; 8] = b"LBSEAL01";
 const MAX_SLOT_BYTES: u64 = 4096;
+/// Slots of a lane read at once.
+const PARALLEL_SLOTS: u64 = 16;
 
 /// Where a session registered: its compact ordinal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,13 +44,74 @@ impl Registration {
     }
 }
 
+/// Who registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Registered {
+    pub(crate) session: SessionId,
+    /// When, by the clock of its machine, in milliseconds: a hint.
+    pub(crate) since: i64,
+    /// It reads what `r/<session>/0` with this hash refers to; `None`: it writes.
+    pub(crate) pinned: Option<[u8; 32]>,
+}
+
+impl Registered {
+    fn to_bytes(self) -> Bytes {
+        let mut bytes = if self.pinned.is_some() { PIN_MAGIC } else { REGISTER_MAGIC }.to_vec();
+        bytes.extend_from_slice(&self.session.0);
+        bytes.extend_from_slice(&self.since.to_le_bytes());
+        if let Some(hash) = self.pinned {
+            bytes.extend_from_slice(&hash);
+        }
+        bytes.into()
+    }
+}
+
+/// What a slot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    Registered(Registered),
+    Seal,
+}
+
+impl Slot {
+    fn parse(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::new(bytes);
+        let magic: [u8; 8] = fields.array()?;
+        if &magic == SEAL_MAGIC {
+            return Ok(Self::Seal);
+        }
+        let (session, since) = (SessionId(fields.array()?), fields.array().map(i64::from_le_bytes)?);
+        let pinned = match &magic {
+            REGISTER_MAGIC => None,
+            PIN_MAGIC => Some(fields.array()?),
+            _ => return Err(WireError { what: "no registration of a known version", at: 0 }),
+        };
+        fields.end()?;
+        Ok(Self::Registered(Registered { session, since, pinned }))
+    }
+}
+
+/// An epoch whose registrations cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EpochError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the registration {key} is damaged: {source}")]
+    Damaged { key: String, source: WireError },
+}
+
 /// Takes the next free slot for the session.
-pub(crate) async fn register(store: &dyn Store, lanes: u32, session: SessionId) -> Result<Registration, StoreError> {
+pub(crate) async fn register(
+    store: &dyn Store,
+    lanes: u32,
+    session: SessionId,
+    now: Timestamp,
+    pinned: Option<[u8; 32]>,
+) -> Result<Registration, StoreError> {
     let lane = u32::from_le_bytes([session.0[0], session.0[1], session.0[2], session.0[3]]) % lanes.max(1);
-    let mut at = hint(store, lane).await?;
-    let mut record = REGISTER_MAGIC.to_vec();
-    record.extend_from_slice(&session.0);
-    let record = Bytes::from(record);
+    let epoch = newest_listed_round(store).await?;
+    let mut at = Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? };
+    let record = Registered { session, since: now.as_millisecond(), pinned }.to_bytes();
     loop {
         let key = at.key();
         if store.put_if_absent(&key, record.clone().into()).await?.is_ours() {
@@ -51,40 +119,80 @@ pub(crate) async fn register(store: &dyn Store, lanes: u32, session: SessionId) 
         }
         let taken = store.get(&key, MAX_SLOT_BYTES).await?;
         at = if taken.starts_with(SEAL_MAGIC) {
-            Registration { epoch: at.epoch + 1, lane, slot: 0 }
+            let epoch = at.epoch + 1;
+            Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? }
         } else {
             Registration { slot: at.slot + 1, ..at }
         };
     }
 }
 
-/// The last taken slot of the lane that a listing shows: not after it, since it may be the SEAL.
-async fn hint(store: &dyn Store, lane: u32) -> Result<Registration, StoreError> {
-    let mut newest = Registration { epoch: 0, lane, slot: 0 };
-    let mut listed = store.list("e/");
-    while let Some(object) = listed.try_next().await? {
-        if let Some(found) = Registration::parse(&object.key)
-            && (found.lane == lane && (found.epoch, found.slot) > (newest.epoch, newest.slot))
-        {
-            newest = found;
-        }
-    }
-    Ok(newest)
+/// The newest round of expiry that a listing shows: the epoch of this number is open, or a later one.
+async fn newest_listed_round(store: &dyn Store) -> Result<u64, StoreError> {
+    let newest = store.list(MARKS_PREFIX).try_fold(0, |newest, object| async move {
+        // A round is condemned before the epoch before it is sealed, but done only after it.
+        let sealed = if object.key.ends_with("/done") { round_of(&object.key) } else { None };
+        Ok(newest.max(sealed.unwrap_or(0)))
+    });
+    newest.await
 }
 
-/// Closes a lane of an epoch: no session can register there any more. What expiry will do; the tests do it now.
-#[cfg(test)]
-pub(crate) async fn seal_lane(store: &dyn Store, epoch: u64, lane: u32) -> Result<(), StoreError> {
-    let mut at = Registration { epoch, lane, slot: 0 };
+/// The last taken slot of the lane that a listing shows: not after it, since it may be the SEAL.
+async fn last_listed_slot(store: &dyn Store, epoch: u64, lane: u32) -> Result<u64, StoreError> {
+    let listed = store.list(&format!("e/{epoch:010}/{lane:04}/"));
+    listed
+        .try_fold(0, |newest, object| async move {
+            Ok(newest.max(Registration::parse(&object.key).map_or(0, |found| found.slot)))
+        })
+        .await
+}
+
+/// Closes all lanes of an epoch: no session can register there any more.
+pub(crate) async fn seal_epoch(store: &dyn Store, lanes: u32, epoch: u64) -> Result<(), StoreError> {
+    for lane in 0..lanes.max(1) {
+        seal_lane(store, epoch, lane).await?;
+    }
+    Ok(())
+}
+
+async fn seal_lane(store: &dyn Store, epoch: u64, lane: u32) -> Result<(), StoreError> {
+    let mut at = Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? };
     loop {
         let key = at.key();
-        if store.put_if_absent(&key, SEAL_MAGIC.to_vec().into()).await?.is_ours() {
-            return Ok(());
-        }
-        if store.get(&key, MAX_SLOT_BYTES).await?.starts_with(SEAL_MAGIC) {
+        if store.put_if_absent(&key, SEAL_MAGIC.to_vec().into()).await?.is_ours()
+            || store.get(&key, MAX_SLOT_BYTES).await?.starts_with(SEAL_MAGIC)
+        {
             return Ok(());
         }
         at.slot += 1;
+    }
+}
+
+/// All that registered in an epoch, told by reads alone: up to the seals, or to now if it is open.
+pub(crate) async fn registered(store: &dyn Store, lanes: u32, epoch: u64) -> Result<Vec<Registered>, EpochError> {
+    let mut all = Vec::new();
+    for lane in 0..lanes.max(1) {
+        let mut from = 0;
+        'lane: loop {
+            let work = (from..from + PARALLEL_SLOTS).map(|slot| read_slot(store, Registration { epoch, lane, slot }));
+            for slot in futures::future::try_join_all(work).await? {
+                match slot {
+                    Some(Slot::Registered(found)) => all.push(found),
+                    Some(Slot::Seal) | None => break 'lane,
+                }
+            }
+            from += PARALLEL_SLOTS;
+        }
+    }
+    Ok(all)
+}
+
+async fn read_slot(store: &dyn Store, at: Registration) -> Result<Option<Slot>, EpochError> {
+    let key = at.key();
+    match store.get(&key, MAX_SLOT_BYTES).await {
+        Ok(bytes) => Slot::parse(&bytes).map(Some).map_err(|source| EpochError::Damaged { key, source }),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -93,16 +201,52 @@ mod tests {
     use super::*;
     use crate::store::memory::Memory;
 
+    async fn take(store: &Memory, lanes: u32, session: SessionId) -> Registration {
+        register(store, lanes, session, Timestamp::UNIX_EPOCH, None).await.unwrap()
+    }
+
     #[tokio::test]
     async fn sessions_take_slots_in_order_and_go_round_a_seal() {
         let store = Memory::new();
-        let first = register(&store, 1, SessionId::random()).await.unwrap();
-        let second = register(&store, 1, SessionId::random()).await.unwrap();
+        let sessions = [0; 3].map(|_| SessionId::random());
+        let first = take(&store, 1, sessions[0]).await;
+        let second = take(&store, 1, sessions[1]).await;
         assert_eq!((first.slot, second.slot), (0, 1));
-        seal_lane(&store, 0, 0).await.unwrap();
-        seal_lane(&store, 0, 0).await.unwrap();
-        let third = register(&store, 1, SessionId::random()).await.unwrap();
+        seal_epoch(&store, 1, 0).await.unwrap();
+        seal_epoch(&store, 1, 0).await.unwrap();
+        let third = take(&store, 1, sessions[2]).await;
         assert_eq!(third, Registration { epoch: 1, lane: 0, slot: 0 });
         assert_eq!(Registration::parse(&third.key()), Some(third));
+        let names = |found: Vec<Registered>| found.into_iter().map(|found| found.session).collect::<Vec<_>>();
+        assert_eq!(names(registered(&store, 1, 0).await.unwrap()), sessions[..2]);
+        assert_eq!(names(registered(&store, 1, 1).await.unwrap()), sessions[2..]);
+    }
+
+    #[tokio::test]
+    async fn everyone_in_every_lane_is_told_however_many_there_are() {
+        let store = Memory::new();
+        let mut sessions = Vec::new();
+        for number in 0..70u8 {
+            let session = SessionId([number; 16]);
+            let pinned = (number == 9).then_some([4; 32]);
+            register(&store, 3, session, Timestamp::UNIX_EPOCH, pinned).await.unwrap();
+            sessions.push(session);
+        }
+        seal_epoch(&store, 3, 0).await.unwrap();
+        let mut found = registered(&store, 3, 0).await.unwrap();
+        found.sort_by_key(|found| found.session);
+        assert_eq!(found.iter().map(|found| found.session).collect::<Vec<_>>(), sessions);
+        assert_eq!(found[9].pinned, Some([4; 32]));
+        assert_eq!(found.iter().filter(|found| found.pinned.is_some()).count(), 1);
+    }
+
+    #[test]
+    fn damaged_slots_are_errors() {
+        let bytes = Registered { session: SessionId([1; 16]), since: 7, pinned: None }.to_bytes();
+        assert!(Slot::parse(&bytes).is_ok());
+        for at in 0..bytes.len() {
+            assert!(Slot::parse(&bytes[..at]).is_err());
+        }
+        assert!(Slot::parse(b"LBREGI99aaaaaaaaaaaaaaaaaaaaaaaa").is_err());
     }
 }

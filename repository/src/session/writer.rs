@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -13,9 +12,13 @@ use tracing::{debug, info, warn};
 
 use super::SessionError;
 use super::decision::{Commit, Decision, MAX_DECISION_BYTES, RefsetHash, decision_key};
+use super::heartbeat::beat;
+use super::mask::Mask;
+use super::references::References;
 use super::registration::{Registration, register};
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
+use crate::expire::marks::MarkError;
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use crate::index::{Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
@@ -32,8 +35,6 @@ const BUDGET_BYTES: usize = 144 << 20;
 const PERMIT_BYTES: usize = 1 << 10;
 /// After this many packs an index segment is published, so that an aborted long session leaves little to do twice.
 const PACKS_PER_SEGMENT: u32 = 64;
-/// How often a session shows that it lives.
-const HEARTBEAT: Duration = Duration::from_mins(1);
 /// Fast, and on data that compresses at all nearly as good as higher levels.
 const ZSTD_LEVEL: i32 = 1;
 
@@ -72,18 +73,18 @@ struct Counters {
 
 /// An open pack and the budget that its bytes hold.
 #[derive(Debug)]
-struct OpenPack {
-    builder: PackBuilder,
-    permits: Vec<OwnedSemaphorePermit>,
+pub(super) struct OpenPack {
+    pub(super) builder: PackBuilder,
+    pub(super) permits: Vec<OwnedSemaphorePermit>,
 }
 
 #[derive(Debug, Default)]
-struct Writing {
+pub(super) struct Writing {
     own: HashMap<ChunkId, Place>,
     refs: Refset,
     open_data: Option<OpenPack>,
     open_metadata: Option<OpenPack>,
-    next_pack: u32,
+    pub(super) next_pack: u32,
     unpublished: Vec<SegmentEntry>,
     unpublished_packs: u32,
     next_segment: u32,
@@ -103,19 +104,24 @@ impl Writing {
 /// A registered session.
 #[derive(Debug)]
 pub struct Session {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     uploads: Mutex<JoinSet<()>>,
     heartbeat: tokio::task::JoinHandle<()>,
-    saw: Vec<super::decision::SeenCommit>,
-    purpose: String,
+    pub(super) saw: Vec<super::decision::SeenCommit>,
+    pub(super) purpose: String,
+    pub(super) epoch: u64,
     host: String,
 }
 
 /// What upload tasks need of a session.
 #[derive(Debug)]
-struct Shared {
-    id: SessionId,
-    engine: Arc<Engine>,
+pub(super) struct Shared {
+    pub(super) id: SessionId,
+    pub(super) engine: Arc<Engine>,
+    /// What must not be referred to.
+    pub(super) mask: Mask,
+    /// What may be inherited without looking it up.
+    pub(super) parent: OnceLock<References>,
     ciphers: Arc<SessionCiphers>,
     /// Frames sealed under the data key and under the manifest key: the nonces.
     data_counter: AtomicU64,
@@ -135,21 +141,43 @@ impl Session {
     /// Registers a session.
     pub(crate) async fn begin(engine: Arc<Engine>, options: SessionOptions) -> Result<Arc<Self>, SessionError> {
         let id = SessionId::random();
-        let fail = |act| move |source: StoreError| SessionError::Store { session: id, act, source: Arc::new(source) };
-        let Registration { epoch, lane, slot } =
-            register(&*engine.store, engine.config.lanes, id).await.map_err(fail("register"))?;
-        if engine.has_expiry_marks().await.map_err(fail("look for expiry marks"))? {
-            return Err(SessionError::NeedsNewer);
+        let registration = register(&*engine.store, engine.config.lanes, id, crate::clock::now(), None)
+            .await
+            .map_err(|source| SessionError::Store { session: id, act: "register", source: Arc::new(source) })?;
+        match Self::begin_registered(Arc::clone(&engine), id, registration, options).await {
+            Ok(session) => Ok(session),
+            Err(error) => {
+                // Expiry waits for every registered session: one that will never write is decided at once.
+                let bytes = Decision::abort_bytes(id, &error.to_string());
+                if let Err(failed) = engine.store.put_if_absent(&decision_key(id), bytes.into()).await {
+                    debug!(session = %id, error = %failed, "a session that did not begin was not aborted");
+                }
+                Err(error)
+            }
         }
+    }
+
+    async fn begin_registered(
+        engine: Arc<Engine>,
+        id: SessionId,
+        registration: Registration,
+        options: SessionOptions,
+    ) -> Result<Arc<Self>, SessionError> {
+        let Registration { epoch, lane, slot } = registration;
+        let fail = |act| move |source: StoreError| SessionError::Store { session: id, act, source: Arc::new(source) };
+        engine.directories.renew();
+        let mask = Mask::load(&engine, epoch).await.map_err(|error| marks_failed(id, error))?;
         let ciphers = engine.keys.create(id).await.map_err(|error| match error {
             KeyRingError::Store(source) => fail("store its keys")(source),
             KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
         })?;
         engine.index.refresh().await.map_err(fail("load the index"))?;
         let saw = engine.commits.heads();
-        debug!(session = %id, epoch, lane, slot, purpose = options.purpose, "session registered");
+        debug!(session = %id, epoch, lane, slot, masked = mask.packs.len(), purpose = options.purpose, "session registered");
         let shared = Arc::new(Shared {
             id,
+            mask,
+            parent: OnceLock::new(),
             ciphers,
             data_counter: AtomicU64::new(0),
             metadata_counter: AtomicU64::new(0),
@@ -158,9 +186,9 @@ impl Session {
             counters: Counters::default(),
             engine,
         });
-        let heartbeat = tokio::spawn(beat(Arc::clone(&shared)));
+        let heartbeat = tokio::spawn(beat(Arc::clone(&shared.engine), id));
         let host = if options.host.is_empty() { crate::snapshot::this_host() } else { options.host };
-        Ok(Arc::new(Self { shared, uploads: Mutex::default(), heartbeat, saw, purpose: options.purpose, host }))
+        Ok(Arc::new(Self { shared, uploads: Mutex::default(), heartbeat, saw, purpose: options.purpose, epoch, host }))
     }
 
     /// The session's name.
@@ -182,7 +210,7 @@ impl Session {
     }
 
     /// Uploads what is open, waits for all uploads and publishes the index segment.
-    async fn flush(&self) -> Result<(), SessionError> {
+    pub(super) async fn flush(&self) -> Result<(), SessionError> {
         let open: Vec<_> = {
             let mut writing = self.shared.usable()?;
             [writing.open_data.take(), writing.open_metadata.take()].into_iter().flatten().collect()
@@ -218,13 +246,20 @@ impl Session {
         let refs = std::mem::take(&mut self.shared.usable()?.refs);
         let mut refsets = Vec::new();
         for snapshot in &snapshots {
-            let bytes =
-                refs.to_bytes(snapshot.id).map_err(|_| SessionError::Seal { session: self.id(), what: "a refset" })?;
-            refsets.push(RefsetHash { snapshot: snapshot.id, hash: blake3::hash(&bytes).to_hex().to_string() });
-            self.shared.put(&refset_key(snapshot.id), bytes, "store a refset").await?;
+            let bytes = refs
+                .to_bytes(snapshot.id, 0, self.id())
+                .map_err(|_| SessionError::Seal { session: self.id(), what: "a refset" })?;
+            let hash = blake3::hash(&bytes).to_hex().to_string();
+            refsets.push(RefsetHash { snapshot: snapshot.id, version: 0, hash });
+            self.shared.put(&refset_key(snapshot.id, 0), bytes, "store a refset").await?;
         }
         let snapshots: Vec<_> = snapshots.into_iter().map(|snapshot| snapshot.commit(self.id(), &self.host)).collect();
-        let commit = Commit { snapshots, refsets, saw: self.saw.clone(), purpose: self.purpose.clone() };
+        let (epoch, saw, purpose) = (self.epoch, self.saw.clone(), self.purpose.clone());
+        self.commit_as(Commit { epoch, snapshots, refsets, saw, purpose }).await
+    }
+
+    /// Decides the session by this commit.
+    pub(super) async fn commit_as(&self, commit: Commit) -> Result<Vec<Snapshot>, SessionError> {
         let bytes = commit
             .seal(self.id(), &self.shared.ciphers.structure)
             .map_err(|_| SessionError::Seal { session: self.id(), what: "its commit" })?;
@@ -274,25 +309,22 @@ impl Session {
     }
 }
 
-/// Shows that the session lives, until it ends. Hints only: failures are harmless.
-async fn beat(shared: Arc<Shared>) {
-    for number in 0u64.. {
-        tokio::time::sleep(HEARTBEAT).await;
-        let key = format!("hb/{}/{number:08}", shared.id);
-        let now = crate::clock::now().to_string();
-        if let Err(error) = shared.engine.store.put_if_absent(&key, now.into_bytes().into()).await {
-            debug!(session = %shared.id, %error, "no heartbeat");
+pub(super) fn marks_failed(session: SessionId, error: MarkError) -> SessionError {
+    match error {
+        MarkError::Store(source) => {
+            SessionError::Store { session, act: "read the marks of expiry", source: Arc::new(source) }
         }
+        error @ MarkError::Damaged { .. } => SessionError::Marks { session, what: error.to_string() },
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Writing> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Writing> {
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state, unless the session failed or ended.
-    fn usable(&self) -> Result<MutexGuard<'_, Writing>, SessionError> {
+    pub(super) fn usable(&self) -> Result<MutexGuard<'_, Writing>, SessionError> {
         let writing = self.lock();
         match &writing.failed {
             Some(error) => Err(error.clone()),
@@ -317,7 +349,7 @@ impl Shared {
         }
     }
 
-    async fn upload(&self, pack: OpenPack) -> Result<(), SessionError> {
+    pub(super) async fn upload(&self, pack: OpenPack) -> Result<(), SessionError> {
         let OpenPack { builder, permits } = pack;
         let ciphers = Arc::clone(&self.ciphers);
         let sealed = tokio::task::spawn_blocking(move || builder.seal(&ciphers.structure))
@@ -376,6 +408,9 @@ impl Shared {
     /// Where the repository has the chunk already, as the pack's own directory says.
     async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
         for place in self.engine.index.find(id) {
+            if self.mask.packs.contains(place.pack) {
+                continue;
+            }
             match self.engine.directories.slot(place.pack, id).await {
                 Ok(Some((place, entry, _))) if entry.expected.plain_len as usize == plain_len => {
                     return Ok(Some(place));
@@ -532,8 +567,13 @@ impl ChunkSink for Session {
     }
 
     fn inherit(&self, chunk: &ChunkRef) -> bool {
-        // Nothing is condemned yet: a session does not begin in a repository with expiry marks.
-        self.shared.refer(chunk.place);
-        true
+        let place = self.shared.parent.get().and_then(|parent| parent.place(chunk));
+        match place.filter(|place| !self.shared.mask.packs.contains(place.pack)) {
+            Some(place) => {
+                self.shared.refer(place);
+                true
+            }
+            None => false,
+        }
     }
 }

@@ -1,0 +1,85 @@
+//! What a session may take over from a parent snapshot without looking it up.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use super::SessionError;
+use super::mask::Mask;
+use super::references::{References, ReferencesError};
+use super::writer::{Session, marks_failed};
+use crate::engine::Engine;
+use crate::expire::marks::LiveRefs;
+use crate::id::{SessionId, SnapshotId};
+use crate::snapshot::Snapshot;
+
+impl Session {
+    /// Lets [`crate::sink::ChunkSink::inherit`] take over chunks of this snapshot; without a call it takes over none.
+    ///
+    /// A parent that expired or whose references are damaged is no error: nothing is inherited, so that everything is
+    /// read again. Must be called at most once; a second parent is not taken.
+    pub async fn inherit_from(&self, parent: &Snapshot) -> Result<(), SessionError> {
+        let Some(refs) = self.newest_refs(&[parent.id]).await?.pop() else {
+            info!(session = %self.id(), parent = %parent.id, "the parent expired: everything is read again");
+            return Ok(());
+        };
+        let engine = &self.shared.engine;
+        let movers = engine.commits.movers();
+        match References::load(engine, parent.id, refs.version, &refs.hash, &movers).await {
+            Ok(references) => {
+                // At most one parent: the first stays.
+                let _ = self.shared.parent.set(references);
+                Ok(())
+            }
+            Err(ReferencesError::Store(source)) => Err(SessionError::Store {
+                session: self.id(),
+                act: "read the references of the parent",
+                source: Arc::new(source),
+            }),
+            Err(error) => {
+                warn!(session = %self.id(), %error, "nothing is inherited: everything is read again");
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`newest_refs`], for this session.
+    pub(crate) async fn newest_refs(&self, wanted: &[SnapshotId]) -> Result<Vec<LiveRefs>, SessionError> {
+        newest_refs(&self.shared.engine, &self.shared.mask, self.id(), wanted).await
+    }
+}
+
+/// The references of these snapshots that a session with this mask may build on. Those that expired are left out.
+///
+/// They are at least as new as those in force when the newest round was decided: what that round and earlier ones
+/// deleted is in none of them. Later rounds wait for the session.
+pub(super) async fn newest_refs(
+    engine: &Engine,
+    mask: &Mask,
+    session: SessionId,
+    wanted: &[SnapshotId],
+) -> Result<Vec<LiveRefs>, SessionError> {
+    let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
+    engine.commits.refresh().await.map_err(failed)?;
+    let live = mask.live(engine).await.map_err(|error| marks_failed(session, error))?;
+    let seen = engine.commits.references();
+    let Some((round, live)) = live else {
+        return Ok(wanted.iter().filter_map(|snapshot| seen.get(snapshot).copied()).collect());
+    };
+    let settled: BTreeMap<_, _> =
+        live.commits.iter().flat_map(|commit| &commit.snapshots).map(|refs| (refs.snapshot, *refs)).collect();
+    // The round decided about sessions of earlier epochs only.
+    let commits = engine.commits.all();
+    let later: BTreeSet<_> = commits
+        .iter()
+        .filter(|(_, committed)| committed.commit.epoch >= round)
+        .flat_map(|(_, committed)| committed.commit.snapshots.iter().map(|snapshot| snapshot.id))
+        .collect();
+    let newest = |snapshot: &SnapshotId| match (settled.get(snapshot), seen.get(snapshot)) {
+        (Some(settled), Some(seen)) if seen.version > settled.version => Some(*seen),
+        (Some(settled), _) => Some(*settled),
+        (None, seen) => seen.filter(|_| later.contains(snapshot)).copied(),
+    };
+    Ok(wanted.iter().filter_map(newest).collect())
+}

@@ -1,0 +1,117 @@
+//! Read pins: a reader registers like a writer and names the snapshot that it reads, so that expiry keeps what the
+//! snapshot refers to until the pin is released, or the reader was silent for too long.
+
+use std::sync::Arc;
+
+use tracing::{debug, info, warn};
+
+use super::SessionError;
+use super::decision::{Decision, decision_key};
+use super::heartbeat::beat;
+use super::inherit::newest_refs;
+use super::mask::Mask;
+use super::references::{ReferencesError, refset};
+use super::registration::register;
+use super::writer::marks_failed;
+use crate::engine::Engine;
+use crate::error::{Classified, ErrorClass};
+use crate::id::{SessionId, SnapshotId};
+use crate::refset::refset_key;
+use crate::repository::Repository;
+use crate::snapshot::Snapshot;
+use crate::store::StoreError;
+
+/// Keeps what a snapshot refers to in the repository. Release it; a forgotten pin is released by expiry, later.
+#[derive(Debug)]
+pub struct Pin {
+    engine: Arc<Engine>,
+    session: SessionId,
+    heartbeat: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        if let Some(heartbeat) = self.heartbeat.take() {
+            heartbeat.abort();
+        }
+    }
+}
+
+/// The name under which a reader's references lie: `r/<session>/0`.
+pub(crate) fn reader_refs(session: SessionId) -> SnapshotId {
+    SnapshotId(session.0)
+}
+
+impl Repository {
+    /// Keeps what the snapshot refers to from being deleted while it is read, also when it is forgotten meanwhile.
+    ///
+    /// `None`: the credentials may only read, or the snapshot is just about to expire. It can be read nevertheless, as
+    /// long as it is there.
+    pub async fn pin(&self, snapshot: &Snapshot) -> Result<Option<Pin>, SessionError> {
+        let engine = Arc::clone(&self.engine);
+        let session = SessionId::random();
+        let fail = |act| move |source: StoreError| SessionError::Store { session, act, source: Arc::new(source) };
+        let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
+        engine.commits.refresh().await.map_err(failed)?;
+        let Some(refs) = engine.commits.references().get(&snapshot.id).copied() else { return Ok(None) };
+        let set = match refset(&engine, snapshot.id, refs.version, &refs.hash).await {
+            Ok(set) => set,
+            Err(ReferencesError::Store(error)) => return Err(fail("read the references of the snapshot")(error)),
+            Err(error) => {
+                warn!(%error, "a read without a pin");
+                return Ok(None);
+            }
+        };
+        let name = reader_refs(session);
+        let bytes = set.to_bytes(name, 0, session).map_err(|_| SessionError::Seal { session, what: "a refset" })?;
+        let hash = *blake3::hash(&bytes).as_bytes();
+        // The references first: from the moment of registering, whoever decides what to delete must find them.
+        match engine.store.put_if_absent(&refset_key(name, 0), bytes.into()).await {
+            Ok(_) => {}
+            Err(error) if matches!(error.class(), ErrorClass::Permission | ErrorClass::Unsupported) => {
+                info!(%error, "a read without a pin: the credentials may only read");
+                return Ok(None);
+            }
+            Err(error) => return Err(fail("store what it reads")(error)),
+        }
+        let registration = register(&*engine.store, engine.config.lanes, session, crate::clock::now(), Some(hash))
+            .await
+            .map_err(fail("register a reader"))?;
+        engine.directories.renew();
+        let heartbeat = Some(tokio::spawn(beat(Arc::clone(&engine), session)));
+        let pin = Pin { engine: Arc::clone(&engine), session, heartbeat };
+        let mask = Mask::load(&engine, registration.epoch).await.map_err(|error| marks_failed(session, error))?;
+        // As a writer may not refer to what a round deletes that does not know of it, a reader cannot keep it.
+        let is_newest = newest_refs(&engine, &mask, session, &[snapshot.id]).await?.first() == Some(&refs);
+        if !is_newest || set.pack_set().iter().any(|pack| mask.packs.contains(pack)) {
+            info!(snapshot = %snapshot.id, "a read without a pin: the snapshot is about to expire, or was just repacked");
+            pin.release().await;
+            return Ok(None);
+        }
+        debug!(%session, epoch = registration.epoch, snapshot = %snapshot.id, "pinned");
+        Ok(Some(pin))
+    }
+}
+
+impl Pin {
+    /// The reader's name.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// Ends the pin. A failure is harmless: expiry ends it when the reader has been silent for long enough.
+    pub async fn release(mut self) {
+        if let Some(heartbeat) = self.heartbeat.take() {
+            heartbeat.abort();
+        }
+        let bytes = Decision::abort_bytes(self.session, "the reader is done");
+        if let Err(error) = self.engine.store.put_if_absent(&decision_key(self.session), bytes.into()).await {
+            debug!(session = %self.session, %error, "a pin was not released");
+            return;
+        }
+        self.engine.remove_heartbeats(self.session).await;
+        if let Err(error) = self.engine.store.delete(&refset_key(reader_refs(self.session), 0)).await {
+            debug!(session = %self.session, %error, "what a reader read was not removed");
+        }
+    }
+}
