@@ -3,6 +3,8 @@
 //!
 //! It is a model of the protocol, not of the code; `expire/tests` run the code. Each rule of the protocol has a mutation
 //! here that leaves it out, and that the search must find a loss for: otherwise the model would prove nothing.
+//!
+//! Long because model, properties and mutations are read together.
 #![allow(clippy::unwrap_used)]
 
 use stateright::{Checker, Model, Property};
