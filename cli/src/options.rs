@@ -169,26 +169,26 @@ pub(crate) struct Forget {
 #[group(id = "rules", multiple = true)]
 pub(crate) struct Rules {
     /// The newest N
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_last: Option<u32>,
+    #[arg(long = "keep-last", value_name = "N")]
+    pub(crate) last: Option<u32>,
     /// The newest of each of the last N hours that have any
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_hourly: Option<u32>,
+    #[arg(long = "keep-hourly", value_name = "N")]
+    pub(crate) hourly: Option<u32>,
     /// The newest of each of the last N days that have any
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_daily: Option<u32>,
+    #[arg(long = "keep-daily", value_name = "N")]
+    pub(crate) daily: Option<u32>,
     /// The newest of each of the last N weeks that have any
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_weekly: Option<u32>,
+    #[arg(long = "keep-weekly", value_name = "N")]
+    pub(crate) weekly: Option<u32>,
     /// The newest of each of the last N months that have any
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_monthly: Option<u32>,
+    #[arg(long = "keep-monthly", value_name = "N")]
+    pub(crate) monthly: Option<u32>,
     /// The newest of each of the last N years that have any
-    #[arg(long, value_name = "N")]
-    pub(crate) keep_yearly: Option<u32>,
+    #[arg(long = "keep-yearly", value_name = "N")]
+    pub(crate) yearly: Option<u32>,
     /// All that are at most so much older than the newest: 30d, 2w, 1y6mo
-    #[arg(long, value_name = "AGE")]
-    pub(crate) keep_within: Option<jiff::Span>,
+    #[arg(long = "keep-within", value_name = "AGE")]
+    pub(crate) within: Option<jiff::Span>,
 }
 
 /// Any number may run at once, also while others back up or restore. Stopped at any point, the next one goes on.

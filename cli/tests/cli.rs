@@ -163,7 +163,8 @@ fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
     machine.prints(&["init"]);
     for number in 0..4 {
         // Nothing that compresses, and nothing that is the same twice.
-        let content: String = (0..30_000u64).map(|at| format!("{:x}", (at + 1) * (number + 7) * 0x9e37_79b9)).collect();
+        let lines = (0..30_000u64).map(|at| ((at + 1) * (number + 7) * 0x9e37_79b9).to_string());
+        let content = lines.collect::<Vec<_>>().concat();
         write(&source, &[("changes", &content), ("stays", "the same")]);
         machine.prints(&["backup", &source]);
     }

@@ -35,7 +35,9 @@ async fn named(global: &Global, options: &Forget, repository: &Repository) -> Re
     if global.json {
         println!("{}", json!({"dryRun": options.dry_run, "forgotten": forgotten}));
     } else if !global.quiet {
-        forgotten.iter().for_each(|id| println!("{} {}", verb(options), &id[..12]));
+        for id in &forgotten {
+            println!("{} {}", verb(options), &id[..12]);
+        }
         hint(options, forgotten.len());
     }
     Ok(DONE)
@@ -76,13 +78,13 @@ fn policy(rules: &Rules, time_zone: Option<&str>) -> Result<Policy> {
         None => TimeZone::system(),
     };
     Ok(Policy {
-        last: rules.keep_last,
-        hourly: rules.keep_hourly,
-        daily: rules.keep_daily,
-        weekly: rules.keep_weekly,
-        monthly: rules.keep_monthly,
-        yearly: rules.keep_yearly,
-        within: rules.keep_within,
+        last: rules.last,
+        hourly: rules.hourly,
+        daily: rules.daily,
+        weekly: rules.weekly,
+        monthly: rules.monthly,
+        yearly: rules.yearly,
+        within: rules.within,
         time_zone,
     })
 }
