@@ -3,6 +3,7 @@
 //! No decision about backups belongs here.
 
 pub mod access;
+pub mod hold;
 pub mod reasons;
 pub mod server;
 pub mod telemetry;
