@@ -1,5 +1,6 @@
-//! `lifeboat-agent`: moves data between the volumes of one node and repositories.
+//! `lifeboat-agent`: moves data between the volumes of one node and repositories; guards workloads that are frozen.
 
+mod guardian;
 mod metrics;
 mod outcome;
 mod report;
@@ -31,6 +32,8 @@ struct Options {
 enum Command {
     /// Does the volume tasks of this node.
     Run(RunOptions),
+    /// Holds workloads of this node at rest when the controller asks, and thaws them whatever dies.
+    Guard(guardian::GuardOptions),
     /// Does nothing until it is told to end: keeps a volume mounted that is being restored.
     Hold,
 }
@@ -73,6 +76,7 @@ fn main() -> Result<()> {
     runtime.block_on(async {
         match options.command {
             Command::Run(options) => run(options).await,
+            Command::Guard(options) => guardian::run(options).await,
             Command::Hold => until_told_to_end().await,
         }
     })

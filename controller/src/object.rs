@@ -45,6 +45,7 @@ const NEVER: &[(&str, &str)] = &[
     ("backups", "lifeboat.dev"),
     ("restores", "lifeboat.dev"),
     ("volumetasks", "lifeboat.dev"),
+    ("quiesceleases", "lifeboat.dev"),
     ("volumesnapshots", "snapshot.storage.k8s.io"),
     ("csistoragecapacities", "storage.k8s.io"),
     ("podcertificaterequests", "certificates.k8s.io"),

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::plan::{BackupPlan, VolumeMethod};
+use crate::quiesce_lease::Watchdog;
 
 /// What one backup covers: a policy of the same namespace, or a plan of its own. Immutable.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -162,20 +163,39 @@ pub struct QuiesceStatus {
     pub workloads: Vec<QuiescedWorkload>,
 }
 
-/// One container in which quiesce commands ran.
+/// The way to a workload that is held at rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Through {
+    /// The guardian on its node.
+    Guardian,
+    /// Commands by way of the API server.
+    ApiServer,
+}
+
+/// One workload that was brought to rest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct QuiescedWorkload {
-    /// The index of the step in the plan.
+    /// The index of the step in the plan; hooks that pods declare by annotations count on from there.
     pub step: u32,
     /// The pod's name.
     pub pod: String,
     /// The pod's UID.
     pub pod_uid: String,
-    /// The container's name.
+    /// The container's name. Empty when volumes were frozen.
+    #[serde(default)]
     pub container: String,
-    /// Whether the freeze command has been sent and not undone.
+    /// Whether it may be at rest: that was begun, and its end was not confirmed.
     pub frozen: bool,
+    /// Who holds it at rest: `Guardian` on its node, or `ApiServer` where no guardian can reach it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through: Option<Through>,
+    /// What thaws it when all of Lifeboat has died.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<Watchdog>,
+    /// How long it was held at rest, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_millis: Option<u64>,
     /// What failed, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

@@ -132,6 +132,12 @@ names! {
         HookFailed,
         /// A quiesce step did not end by its deadline.
         HookTimedOut,
+        /// There is no `QuiesceTemplate` of that name.
+        TemplateNotFound,
+        /// The template and the given parameters do not go together, or hooks declared on a pod cannot be understood.
+        HookInvalid,
+        /// The application did not stay at rest until everything was read.
+        FreezeBroken,
         /// The application was thawed before everything was read, because `maxFreeze` was over.
         FreezeDeadline,
         /// Objects could not be captured.

@@ -14,6 +14,8 @@ pub mod cluster_repository;
 pub mod conditions;
 pub mod duration;
 pub mod plan;
+pub mod quiesce_lease;
+pub mod quiesce_template;
 pub mod restore;
 pub mod volume_task;
 
@@ -21,6 +23,8 @@ pub use backup::{Backup, BackupSpec, BackupStatus};
 pub use backup_policy::{BackupPolicy, BackupPolicySpec, BackupPolicyStatus};
 pub use cluster_repository::{ClusterRepository, ClusterRepositorySpec, ClusterRepositoryStatus};
 pub use duration::DurationString;
+pub use quiesce_lease::{QuiesceLease, QuiesceLeaseSpec, QuiesceLeaseStatus};
+pub use quiesce_template::{QuiesceTemplate, QuiesceTemplateSpec};
 pub use restore::{Restore, RestoreSpec, RestoreStatus};
 pub use volume_task::{VolumeTask, VolumeTaskSpec, VolumeTaskStatus};
 
@@ -49,6 +53,8 @@ pub mod labels {
     pub const RESTORED_FROM: &str = "lifeboat.dev/restored-from";
     /// On a `Backup` or `Restore` that runs: what it froze is thawed and what it made is removed before it goes. A finalizer.
     pub const FINALIZER: &str = "lifeboat.dev/run";
+    /// The beginning of all annotations by which a pod declares how it is brought to rest.
+    pub const QUIESCE: &str = "quiesce.lifeboat.dev/";
     /// `lifeboat`, on every object that Lifeboat makes for itself, which captures therefore leave out.
     pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 }

@@ -131,11 +131,13 @@ pub enum VolumeMethod {
 }
 
 /// How an application is brought to rest.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Quiesce {
-    /// Executed in this order before the volumes are read; thawed in reverse order.
-    #[schemars(length(min = 1, max = 16))]
+    /// Executed in this order before the volumes are read; thawed in reverse order. After them come the hooks that pods
+    /// declare by annotations; without steps, these alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
     pub steps: Vec<QuiesceStep>,
     /// The longest time that the application may stay frozen. After it the application is thawed, whatever is still to be read. Default: `60s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -150,15 +152,61 @@ pub struct Quiesce {
 /// One step of bringing an application to rest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("[has(self.template), has(self.exec), has(self.hold), has(self.fsfreeze)].exists_one(it, it)")
+    .message("write exactly one of template, exec, hold and fsfreeze in a step"))]
 pub struct QuiesceStep {
-    /// Labels of the pods in which the commands run, all of them.
+    /// Labels of the pods that are brought to rest, all of them.
     pub selector: LabelSelector,
     /// The container. Default: the pod's first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub container: Option<String>,
-    /// The commands.
-    pub exec: ExecHook,
+    /// By a `QuiesceTemplate`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateUse>,
+    /// By a pair of commands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecHook>,
+    /// By a command that holds the application at rest as long as it lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<HoldHook>,
+    /// By the kernel of the node: nothing is written to the pod's volumes, whatever the application does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fsfreeze: Option<FsfreezeHook>,
+}
+
+/// Names a `QuiesceTemplate` and gives its parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TemplateUse {
+    /// The template's name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// Values of its parameters.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parameters: BTreeMap<String, String>,
+}
+
+/// A command inside a container that holds the application at rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HoldHook {
+    /// Prints a line `frozen` as soon as the application is at rest, and lets go at the end of its standard input.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub command: Vec<String>,
+    /// The longest time until it prints that line. Default: `30s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<DurationString>,
+}
+
+/// Freezes file systems of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FsfreezeHook {
+    /// Only these claims. Default: all claims that the pod has mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    pub claims: Option<Vec<String>>,
 }
 
 /// Commands that run inside a container.

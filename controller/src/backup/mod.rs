@@ -189,6 +189,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
         Step::Commit => commit::commit(run, context).await?,
         Step::Fail(reason, message) => run.fail(context, reason, message).await?,
         Step::Clean => {
+            quiesce::remove_leases(&run.uid, context).await?;
             task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
             run.backup = set_finalizer(&run.backup, context, false).await?;
             return Ok(Next::Over);

@@ -15,7 +15,7 @@ use lifeboat_crds::plan::{BackupPlan, Scope, VolumeMatch, VolumeMethod, selector
 use lifeboat_crds::{BackupPolicy, ClusterRepository};
 use tracing::info;
 
-use super::Run;
+use super::{Run, quiesce};
 use crate::context::Context;
 use crate::object::ResourceName;
 use crate::scope::selects;
@@ -212,7 +212,7 @@ async fn volumes(run: &Run, plan: &BackupPlan, context: &Context) -> Result<Resu
 
 /// Pins what the backup covers. `Some`: wait this long and try again.
 pub(super) async fn resolve(run: &mut Run, context: &Context) -> Result<Option<Duration>> {
-    let plan = match plan(run, context).await? {
+    let mut plan = match plan(run, context).await? {
         Ok(plan) => plan,
         Err(refusal) => return refuse(run, context, refusal).await,
     };
@@ -232,6 +232,7 @@ pub(super) async fn resolve(run: &mut Run, context: &Context) -> Result<Option<D
         Ok(volumes) => volumes,
         Err(refusal) => return refuse(run, context, refusal).await,
     };
+    quiesce::adopt_declared(run, &mut plan, context).await?;
     info!(repository = name, volumes = volumes.len(), "resolved");
     let id = repository.status.and_then(|status| status.id).unwrap_or_default();
     run.status.repository = Some(PinnedRepository { name, id });

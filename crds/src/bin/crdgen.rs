@@ -4,10 +4,19 @@
 use std::error::Error;
 
 use kube::CustomResourceExt;
-use lifeboat_crds::{Backup, BackupPolicy, ClusterRepository, Restore, VolumeTask};
+use lifeboat_crds::{Backup, BackupPolicy, ClusterRepository, QuiesceLease, QuiesceTemplate, Restore, VolumeTask};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    for crd in [ClusterRepository::crd(), BackupPolicy::crd(), Backup::crd(), Restore::crd(), VolumeTask::crd()] {
+    let kinds = [
+        ClusterRepository::crd(),
+        BackupPolicy::crd(),
+        Backup::crd(),
+        Restore::crd(),
+        VolumeTask::crd(),
+        QuiesceTemplate::crd(),
+        QuiesceLease::crd(),
+    ];
+    for crd in kinds {
         // By way of JSON, so that the order of keys is the same in every run.
         let value = serde_json::to_value(&crd)?;
         println!("---\n{}", serde_yaml::to_string(&value)?.trim_end());
