@@ -2,6 +2,7 @@
 #![cfg(feature = "api")]
 
 use anyhow::{Context, Result, ensure};
+use lifeboat_crds::quiesce_template::{QuiesceTemplate, fill};
 use lifeboat_e2e::api_server::{ApiServer, repository_root};
 use lifeboat_e2e::scenario::{run, run_raw};
 
@@ -36,6 +37,7 @@ fn wrong_values_are_refused_by_name() -> Result<()> {
         ("demoStore.bucket=UPPER", "bucket"),
         ("agent.kubeletDir=relative", "kubeletDir"),
         ("clusterResources.serviceAccounts={Not_A_Name}", "serviceAccounts"),
+        ("guardian.criSocket=containerd.sock", "criSocket"),
     ] {
         let output = run_raw("helm", &["template", "x", &chart, "--set", value], "")?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -125,6 +127,9 @@ fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
         (agent, "list", "secrets", "lifeboat-system", false),
         (agent, "patch", "volumetasks.lifeboat.dev/status", "lifeboat-system", true),
         (agent, "create", "volumetasks.lifeboat.dev", "lifeboat-system", false),
+        (agent, "patch", "quiesceleases.lifeboat.dev/status", "lifeboat-system", true),
+        (agent, "create", "quiesceleases.lifeboat.dev", "lifeboat-system", false),
+        (agent, "patch", "quiesceleases.lifeboat.dev", "lifeboat-system", false),
         (agent, "get", "pods", "default", false),
         (controller, "list", "secrets", "default", true),
         (controller, "create", "pods/exec", "default", true),
@@ -137,6 +142,24 @@ fn the_agent_cannot_read_what_tenants_own() -> Result<()> {
         (controller, "impersonate", "users", "default", false),
     ] {
         ensure!(may(who, verb, what, namespace)? == allowed, "{who} {verb} {what} in {namespace}: expected {allowed}");
+    }
+    Ok(())
+}
+
+#[test]
+fn shipped_templates_use_their_own_parameters_and_no_others() -> Result<()> {
+    let folder = repository_root().join("charts/lifeboat/quiesce-templates");
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let template: QuiesceTemplate = serde_yaml::from_str(&std::fs::read_to_string(&path)?)?;
+        let spec = template.spec;
+        let mut values: std::collections::BTreeMap<_, _> =
+            spec.parameters.iter().map(|parameter| (parameter.name.clone(), String::new())).collect();
+        values.insert("maxFreezeMillis".to_owned(), String::new());
+        let pair = spec.exec.unwrap_or_default();
+        for command in [spec.hold.map(|hold| hold.command), pair.freeze, pair.thaw].into_iter().flatten() {
+            fill(&command, &values).with_context(|| path.display().to_string())?;
+        }
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use lifeboat_e2e::api_server::{ApiServer, repository_root};
 
 /// A manifest of a kind: the spec as YAML in one line.
 fn manifest(kind: &str, spec: &str) -> String {
-    let namespace = if kind == "ClusterRepository" { "" } else { ", namespace: default" };
+    let namespace = if matches!(kind, "ClusterRepository" | "QuiesceTemplate") { "" } else { ", namespace: default" };
     format!("apiVersion: lifeboat.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: test{namespace}}}\nspec: {spec}\n")
 }
 
@@ -85,10 +85,20 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("BackupPolicy", policy(", volumes: [{match: {}, method: Snapshot}]"), "method"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {}}", ""), "write exec.freeze, exec.thaw or both"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {freeze: []}}", ""), "freeze"),
+        ("BackupPolicy", quiesce("{selector: {}}", ""), "exactly one of template, exec, hold and fsfreeze"),
+        (
+            "BackupPolicy",
+            quiesce("{selector: {}, fsfreeze: {}, template: {name: redis}}", ""),
+            "exactly one of template, exec, hold and fsfreeze",
+        ),
+        ("BackupPolicy", quiesce("{selector: {}, template: {name: ''}}", ""), "template.name"),
+        ("BackupPolicy", quiesce("{selector: {}, hold: {command: []}}", ""), "hold.command"),
+        ("BackupPolicy", quiesce("{selector: {}, fsfreeze: {claims: []}}", ""), "fsfreeze.claims"),
+        ("QuiesceTemplate", "{description: nothing}".to_owned(), "exactly one of hold, exec and fsfreeze"),
+        ("QuiesceTemplate", "{fsfreeze: {}, parameters: [{name: 'a b'}]}".to_owned(), "parameters[0].name"),
         ("BackupPolicy", quiesce(step, ", maxFreeze: 0s"), "maxFreeze must be longer than zero"),
         ("BackupPolicy", quiesce(step, ", maxFreeze: 5 minutes"), "maxFreeze"),
         ("BackupPolicy", quiesce(step, ", onFailure: Ignore"), "onFailure"),
-        ("BackupPolicy", policy(", quiesce: {steps: []}"), "steps"),
         ("BackupPolicy", policy(", retention: {keepLast: 3}"), "retention"),
         ("Backup", "{}".to_owned(), "exactly one of policyRef and plan"),
         ("Backup", format!("{{policyRef: {{name: p}}, plan: {{{TIERS}}}}}"), "exactly one of policyRef and plan"),
@@ -159,7 +169,7 @@ fn good_manifests_are_accepted_and_what_must_not_change_does_not() -> Result<()>
     let said = server.refusal(&manifest("Restore", "{source: {backupRef: {name: c}}}"))?;
     ensure!(said.contains("create another Restore"), "{said}");
     // Short names and categories are what people type.
-    for name in ["crepo", "bpol", "bkp", "rst", "lifeboat"] {
+    for name in ["crepo", "bpol", "bkp", "rst", "qtpl", "lifeboat"] {
         server.kubectl(&["get", name], "").with_context(|| format!("kubectl get {name}"))?;
     }
     Ok(())
@@ -192,6 +202,7 @@ fn every_manifest_in_the_documents_and_examples_is_accepted() -> Result<()> {
         "docs/api/backuppolicy.md",
         "docs/api/backup.md",
         "docs/api/restore.md",
+        "docs/api/quiescetemplate.md",
     ];
     for name in documents {
         let text = std::fs::read_to_string(root.join(name)).with_context(|| name.to_owned())?;

@@ -1,9 +1,15 @@
-//! Freezing and thawing on a real cluster: order, deadlines, and that nothing stays frozen.
+//! Freezing and thawing on a real cluster: order, deadlines, and that nothing stays frozen whatever dies.
 #![cfg(feature = "cluster")]
+#![allow(clippy::print_stdout)]
+
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lifeboat_crds::{Backup, backup::Consistency};
-use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, scenario};
+use kube::ResourceExt;
+use lifeboat_crds::backup::{Consistency, Through};
+use lifeboat_crds::quiesce_lease::Watchdog;
+use lifeboat_crds::{Backup, QuiesceLease};
+use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, scenario, sleeper_manifest};
 use serde_json::{Value, json};
 
 fn plan_with(s: &Scenario, quiesce: &Value) -> Value {
@@ -37,7 +43,11 @@ fn steps_freeze_in_order_and_thaw_in_reverse() {
         ensure!(status.consistency == Some(Consistency::Application), "{:?}", status.consistency);
         let quiesce = status.quiesce.context("quiesce")?;
         ensure!(quiesce.freeze_millis.context("freezeMillis")? > 0 && quiesce.thawed_at.is_some());
-        ensure!(quiesce.workloads.iter().all(|w| !w.frozen), "{quiesce:?}");
+        ensure!(quiesce.workloads.iter().all(|w| !w.frozen && w.freeze_millis.is_some()), "{quiesce:?}");
+        let guarded = |w: &lifeboat_crds::backup::QuiescedWorkload| {
+            w.through == Some(Through::Guardian) && w.watchdog == Some(Watchdog::Container)
+        };
+        ensure!(quiesce.workloads.iter().all(guarded), "{quiesce:?}");
         Ok(())
     });
 }
@@ -148,5 +158,248 @@ fn deleting_a_running_backup_thaws_and_leaves_nothing() {
         s.delete(&s.namespaced::<Backup>(), "b").await?;
         ensure!(log(&s)?.last().map(String::as_str) == Some("thaw"), "{:?}", log(&s)?);
         s.eventually("the tasks to be gone", async || Ok(s.leftovers().await?.is_empty())).await
+    });
+}
+
+/// Commands on the nodes: nothing of it goes through the API server.
+fn on_all_nodes(command: &str) -> Result<()> {
+    for node in ["n1", "n2", "n3"] {
+        launcher(&["in-node", node, "sh", "-c", command])?;
+    }
+    Ok(())
+}
+
+/// Kills processes by the beginning of their command line. That there is none is no error: it may be dead already.
+fn kill(what: &str) -> Result<()> {
+    on_all_nodes(&format!("pkill -9 -f '^{what}' || [ $? -eq 1 ]"))
+}
+
+const FIRST: &str = "/lifeboat-agent guard .*json$";
+const BOTH: &str = "/lifeboat-agent guard";
+const CONTROLLER: &str = "/lifeboat-controller";
+
+/// New pods, so that the pauses after their crashes do not add up.
+fn fresh_lifeboat(s: &Scenario) -> Result<()> {
+    s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "pods", "--all", "--grace-period=0", "--force"])?;
+    for name in ["deployment/lifeboat-controller", "daemonset/lifeboat-agent"] {
+        s.kubectl_cluster(&["-n", INSTALLED_IN, "rollout", "status", name, "--timeout=120s"])?;
+    }
+    // A rollout may be told complete before the deletion is seen.
+    s.kubectl_cluster(&["-n", INSTALLED_IN, "wait", "--for=condition=Ready", "pods", "--all", "--timeout=120s"])
+        .map(|_| ())
+}
+
+/// An application that waits while `/tmp/frozen` is there, writes to its volume, and notes in `/tmp/gaps` how long it could
+/// not, in hundredths of a second.
+const BEAT: &str = r#"(last=
+while :; do
+  while [ -e /tmp/frozen ]; do sleep 0.02; done
+  echo beat >> /data/beat
+  read up rest </proc/uptime
+  now=${up%.*}${up#*.}
+  [ -z "$last" ] || [ $((now - last)) -lt 30 ] || echo $((now - last)) >> /tmp/gaps
+  last=$now
+  sleep 0.02
+done) </dev/null >/dev/null 2>&1 &"#;
+
+/// The longest time that the application could not work since the last look.
+fn longest_gap(s: &Scenario) -> Result<u64> {
+    let gaps = s.shell("app", "cat /tmp/gaps 2>/dev/null; : > /tmp/gaps")?;
+    Ok(gaps.lines().filter_map(|line| line.parse::<u64>().ok()).max().unwrap_or(0) * 10)
+}
+
+fn beating_app(s: &Scenario) -> Result<()> {
+    s.sleeper("app")?;
+    s.shell("app", BEAT)?;
+    s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=60 2>/dev/null; sync").map(|_| ())
+}
+
+/// The application by its own means, then its file system: the plan, frozen for at most this long.
+fn both_ways(s: &Scenario, max_freeze: &str) -> Value {
+    let own = step("touch /tmp/frozen", "rm -f /tmp/frozen");
+    let kernel = json!({"selector": {"matchLabels": {"app": "app"}}, "fsfreeze": {}});
+    plan_with(s, &json!({"maxFreeze": max_freeze, "steps": [own, kernel]}))
+}
+
+/// Waits until everything of a backup is at rest, and holds the store so that it stays so.
+async fn frozen(s: &Scenario, name: &str, workloads: usize) -> Result<StoreHeld> {
+    let api: kube::Api<QuiesceLease> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
+    s.eventually("the freeze", async || {
+        let leases = api.list(&kube::api::ListParams::default()).await?;
+        let is_frozen = |lease: &&QuiesceLease| {
+            lease.annotations().get("lifeboat.dev/owner").is_some_and(|owner| *owner == format!("Backup/{name}"))
+                && lease
+                    .status
+                    .as_ref()
+                    .is_some_and(|status| status.phase == Some(lifeboat_crds::quiesce_lease::LeasePhase::Frozen))
+        };
+        Ok(leases.iter().filter(is_frozen).count() == workloads)
+    })
+    .await?;
+    StoreHeld::hold()
+}
+
+/// A number that differs from round to round and is the same in every run with the same seed.
+fn chance(seed: u64) -> u64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    state ^= state >> 29;
+    state.wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32
+}
+
+#[test]
+fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
+    let number =
+        |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let (rounds, seed) = (number("LIFEBOAT_KILL_ROUNDS", 5), number("LIFEBOAT_KILL_SEED", 1));
+    scenario("quiesce-all-die", async |s: Scenario| {
+        beating_app(&s)?;
+        let mut gaps = Vec::new();
+        for round in 0..rounds {
+            longest_gap(&s)?;
+            let name = format!("b{round}");
+            s.start_backup(&name, both_ways(&s, "4s")).await?;
+            let held = frozen(&s, &name, 2).await?;
+            tokio::time::sleep(Duration::from_millis(chance(seed + round) % 1500)).await;
+            // The API server first: nobody can be told anything any more.
+            launcher(&["kill", "apiserver"])?;
+            kill(CONTROLLER)?;
+            kill(if round % 2 == 0 { BOTH } else { FIRST })?;
+            tokio::time::sleep(Duration::from_millis(4500)).await;
+            launcher(&["start", "apiserver"])?;
+            let gap = longest_gap(&s)?;
+            drop(held);
+            ensure!((1..=4000).contains(&gap), "round {round}: frozen for {gap} ms, allowed are 4000");
+            gaps.push(gap);
+            fresh_lifeboat(&s)?;
+            let backup = s.backup_finished(&name).await?;
+            let status = backup.status.context("status")?;
+            // What was not at rest until it was released does not count as such.
+            ensure!(status.consistency != Some(Consistency::Application), "{:?}", status.quiesce);
+            ensure!(status.quiesce.context("quiesce")?.workloads.iter().all(|w| !w.frozen), "{:?}", status.conditions);
+        }
+        gaps.sort_unstable();
+        println!("{rounds} rounds, longest freezes in ms: {gaps:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_guardian_killed_while_frozen_is_covered_by_the_second_and_the_backup_fails() {
+    scenario("quiesce-guardian", async |s: Scenario| {
+        beating_app(&s)?;
+        longest_gap(&s)?;
+        s.start_backup("b", both_ways(&s, "60s")).await?;
+        let held = frozen(&s, "b", 2).await?;
+        kill(FIRST)?;
+        let mut gap = 0;
+        s.eventually("the application at work", async || {
+            gap = longest_gap(&s)?;
+            Ok(gap > 0)
+        })
+        .await?;
+        drop(held);
+        ensure!(gap < 20_000, "frozen for {gap} ms");
+        let (backup, message) = s.backup_failed("b", "FreezeBroken").await?;
+        ensure!(message.contains("did not stay at rest"), "{message}");
+        ensure!(backup.status.context("status")?.quiesce.context("quiesce")?.workloads.iter().all(|w| !w.frozen));
+        fresh_lifeboat(&s)
+    });
+}
+
+#[test]
+fn without_a_guardian_commands_go_through_the_api_server_and_the_status_says_so() {
+    scenario("quiesce-direct", async |s: Scenario| {
+        s.sleeper("app")?;
+        let agents = |selector: &str| {
+            let patch = format!(r#"{{"spec":{{"template":{{"spec":{{"nodeSelector":{selector}}}}}}}}}"#);
+            s.kubectl_cluster(&["-n", INSTALLED_IN, "patch", "daemonset", "lifeboat-agent", "-p", &patch])
+        };
+        agents(r#"{"no":"node"}"#)?;
+        s.eventually("no agent", async || {
+            let selector = "app.kubernetes.io/component=agent";
+            Ok(s.kubectl_cluster(&["-n", INSTALLED_IN, "get", "pods", "-l", selector, "-o", "name"])?.is_empty())
+        })
+        .await?;
+        let result = async {
+            let mut spec = plan_with(&s, &json!({"steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}));
+            // Without agents nothing can be read; the freeze is what counts here.
+            spec["plan"]["volumes"] = json!([{"match": {}, "method": "Skip"}]);
+            s.start_backup("b", spec.clone()).await?;
+            let status = s.backup_succeeded("b").await?.status.context("status")?;
+            ensure!(log(&s)? == ["freeze", "thaw"], "{:?}", log(&s)?);
+            let workload = &status.quiesce.context("quiesce")?.workloads[0];
+            ensure!(workload.through == Some(Through::ApiServer) && workload.freeze_millis.is_some(), "{workload:?}");
+            let quiesced = status.conditions.iter().find(|c| c.type_ == "Quiesced").context("Quiesced")?;
+            ensure!(quiesced.message.contains("API server"), "{}", quiesced.message);
+            spec["plan"]["quiesce"]["steps"] = json!([{"selector": {"matchLabels": {"app": "app"}}, "fsfreeze": {}}]);
+            s.start_backup("c", spec).await?;
+            let (_, message) = s.backup_failed("c", "HookFailed").await?;
+            ensure!(message.contains("no guardian"), "{message}");
+            Ok(())
+        }
+        .await;
+        agents(r#"null"#)?;
+        fresh_lifeboat(&s)?;
+        result
+    });
+}
+
+#[test]
+fn hooks_that_cannot_work_are_told_in_a_condition_before_or_after_a_thaw() {
+    scenario("quiesce-bad-input", async |s: Scenario| {
+        s.sleeper("app")?;
+        let app = json!({"matchLabels": {"app": "app"}});
+        let cases = [
+            (
+                json!({"selector": app, "container": "db", "template": {"name": "redis"}}),
+                "HookFailed",
+                "no container `db`; it has main",
+            ),
+            (
+                json!({"selector": app, "template": {"name": "oracle"}}),
+                "TemplateNotFound",
+                "no QuiesceTemplate `oracle`",
+            ),
+            (json!({"selector": app, "template": {"name": "sqlite"}}), "HookInvalid", "parameter `file`"),
+            (
+                json!({"selector": app, "template": {"name": "redis", "parameters": {"host": "x"}}}),
+                "HookInvalid",
+                "no parameter `host`",
+            ),
+            (json!({"selector": app, "template": {"name": "postgresql"}}), "HookFailed", "psql"),
+            (
+                json!({"selector": app, "exec": {"freeze": ["no-such-command"]}}),
+                "HookFailed",
+                "does not have the command",
+            ),
+            (json!({"selector": app, "hold": {"command": ["true"]}}), "HookFailed", "without the line `frozen`"),
+        ];
+        for (number, (step, reason, says)) in cases.into_iter().enumerate() {
+            let name = format!("b{number}");
+            s.start_backup(&name, plan_with(&s, &json!({"steps": [step]}))).await?;
+            let (_, message) = s.backup_failed(&name, reason).await?;
+            ensure!(message.contains(says), "{message}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pod_declares_its_hooks_by_annotations() {
+    scenario("quiesce-declared", async |s: Scenario| {
+        let annotations = r#"annotations: {quiesce.lifeboat.dev/freeze: '["sh", "-c", "echo freeze >> /tmp/log"]', quiesce.lifeboat.dev/thaw: '["sh", "-c", "echo thaw >> /tmp/log"]'}, "#;
+        s.apply(
+            &sleeper_manifest("app")
+                .replace("kind: Pod\nmetadata: {", &format!("kind: Pod\nmetadata: {{{annotations}")),
+        )?;
+        s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
+        let backup = s.back_up("b").await?;
+        ensure!(log(&s)? == ["freeze", "thaw"], "{:?}", log(&s)?);
+        ensure!(backup.status.context("status")?.consistency == Some(Consistency::Application));
+        s.kubectl(&["annotate", "pod", "app", "quiesce.lifeboat.dev/frezze=[]"])?;
+        s.start_backup("c", json!({"plan": s.plan()})).await?;
+        let (_, message) = s.backup_failed("c", "HookInvalid").await?;
+        ensure!(message.contains("quiesce.lifeboat.dev/frezze is not known"), "{message}");
+        Ok(())
     });
 }

@@ -35,31 +35,38 @@ make_base_images() {
     "$HERE/image/nsswitch.conf=etc/nsswitch.conf" $(busybox_links)
 }
 
-POSTGRES_PACKAGES="postgresql-15 postgresql-client-15 postgresql-common postgresql-client-common busybox-static bash procps"
-
-# PostgreSQL from Debian's packages with all that they need, unpacked.
-make_postgres_image() {
-  local tree=$CACHE/postgres-tree file packages applet wanted
-  wanted=$(declare -f make_postgres_image; echo "$POSTGRES_PACKAGES"; cat "$HERE/image/mkimage.py")
-  [ -e "$IMAGES/postgres.tar" ] && [ "$(cat "$IMAGES/postgres.wanted")" = "$wanted" ] && return
-  rm -rf "$tree" "$CACHE/postgres-packages"
-  mkdir -p "$tree/tmp" "$tree/bin" "$CACHE/postgres-packages"
+# make_debian_image NAME IMAGE USER PACKAGES [SETTING...]: programs from Debian's packages with all that they need, unpacked. USER has id 70.
+make_debian_image() {
+  local name=$1 image=$2 user=$3 wanted_packages=$4 tree=$CACHE/$1-tree file packages applet wanted
+  shift 4
+  wanted=$(declare -f make_debian_image; echo "$image" "$user" "$wanted_packages" "$@"; cat "$HERE/image/mkimage.py")
+  [ -e "$IMAGES/$name.tar" ] && [ "$(cat "$IMAGES/$name.wanted")" = "$wanted" ] && return
+  rm -rf "$tree" "$CACHE/$name-packages"
+  mkdir -p "$tree/tmp" "$tree/bin" "$CACHE/$name-packages"
   apt-get -qq update >&2
   # shellcheck disable=SC2086
-  packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances $POSTGRES_PACKAGES |
-    grep '^[a-z]' | sort -u | grep -vE '^(perl.*|debconf.*|dpkg|cdebconf|ssl-cert|adduser|init-system-helpers|libllvm.*|python.*|netbase|ucf|sysvinit-utils|lsb-base)$')
+  packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances $wanted_packages |
+    grep '^[a-z]' | sort -u | grep -vE '^(perl.*|lib.*-perl|debconf.*|dpkg|cdebconf|ssl-cert|adduser|init-system-helpers|libllvm.*|python.*|netbase|ucf|sysvinit-utils|lsb-base|galera-.*|rsync|psmisc|lsof|socat|iproute2|gawk|mawk|logrotate|cron.*|systemd.*|dbus.*)$')
   # shellcheck disable=SC2086
-  (cd "$CACHE/postgres-packages" && apt-get -qq download $packages) >&2
-  for file in "$CACHE"/postgres-packages/*.deb; do dpkg -x "$file" "$tree"; done
-  rm -rf "$tree"/usr/share/{doc,man,locale,lintian,info} "$tree/usr/lib/x86_64-linux-gnu/gconv" "$CACHE/postgres-packages"
-  printf 'root:x:0:0:root:/:/bin/sh\npostgres:x:70:70:postgres:/tmp:/bin/sh\n' >"$tree/etc/passwd"
-  printf 'root:x:0:\npostgres:x:70:\n' >"$tree/etc/group"
+  (cd "$CACHE/$name-packages" && apt-get -qq download $packages) >&2
+  for file in "$CACHE/$name-packages"/*.deb; do dpkg -x "$file" "$tree"; done
+  rm -rf "$tree"/usr/share/{doc,man,locale,lintian,info} "$tree/usr/lib/x86_64-linux-gnu/gconv" "$CACHE/$name-packages"
+  printf 'root:x:0:0:root:/:/bin/sh\n%s:x:70:70:%s:/tmp:/bin/sh\n' "$user" "$user" >"$tree/etc/passwd"
+  printf 'root:x:0:\n%s:x:70:\n' "$user" >"$tree/etc/group"
   cp "$HERE/image/nsswitch.conf" "$tree/etc/nsswitch.conf"
   for applet in $("$tree/bin/busybox" --list | grep -vx busybox); do [ -e "$tree/bin/$applet" ] || [ -e "$tree/usr/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"; done
-  make_image postgres docker.io/lifeboat-e2e/postgres:15 '[]' "$tree=/" +USER=70:70 \
-    +PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin +HOME=/tmp +LANG=C
-  echo "$wanted" >"$IMAGES/postgres.wanted"
+  make_image "$name" "$image" '[]' "$tree=/" +USER=70:70 +HOME=/tmp +LANG=C "$@"
+  echo "$wanted" >"$IMAGES/$name.wanted"
   rm -rf "$tree"
+}
+
+# The databases of the scenarios.
+make_database_images() {
+  local path=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin
+  make_debian_image postgres docker.io/lifeboat-e2e/postgres:15 postgres \
+    "postgresql-15 postgresql-client-15 postgresql-common postgresql-client-common busybox-static bash procps" "+PATH=/usr/lib/postgresql/15/bin:$path"
+  make_debian_image mariadb docker.io/lifeboat-e2e/mariadb:10.11 mysql "mariadb-server-core mariadb-client-core busybox-static" "+PATH=$path"
+  make_debian_image redis docker.io/lifeboat-e2e/redis:7 redis "redis-server redis-tools sqlite3 busybox-static" "+PATH=$path"
 }
 
 make_lifeboat_image() {
@@ -83,7 +90,7 @@ certificates() {
 
 make_images() {
   make_base_images
-  make_postgres_image
+  make_database_images
   make_image versitygw docker.io/lifeboat/versitygw:1 '["/versitygw"]' "$PROGRAMS/versitygw=versitygw" \
     "$PROGRAMS/deb/bin/busybox=bin/busybox" '->busybox=bin/mkdir' "$HERE/image/nsswitch.conf=etc/nsswitch.conf" +USER=65532:65532
   make_lifeboat_image
@@ -107,7 +114,7 @@ import_into() {
 
 import_images() {
   local node jobs=() job name names=()
-  for name in pause coredns busybox postgres versitygw lifeboat; do
+  for name in pause coredns busybox postgres mariadb redis versitygw lifeboat; do
     if [ -e "$IMAGES/$name.tar" ]; then names+=("$name"); else say "the image $name is not made yet and is left out; \`images\` makes it"; fi
   done
   for node in $NODES; do import_into "$node" "${names[@]}" & jobs+=($!); done

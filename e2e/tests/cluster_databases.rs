@@ -1,0 +1,195 @@
+//! Real databases under write load: what is restored ends with the last transaction that was acknowledged before the cut.
+#![cfg(feature = "cluster")]
+#![allow(clippy::print_stdout)]
+
+use anyhow::{Context, Result, ensure};
+use lifeboat_crds::backup::Consistency;
+use lifeboat_e2e::scenario::{Scenario, scenario};
+use serde_json::{Value, json};
+
+/// A database and how it is written to and asked.
+struct Database {
+    name: &'static str,
+    image: &'static str,
+    start: &'static str,
+    is_ready: &'static str,
+    /// Makes what the writer needs.
+    prepare: &'static str,
+    /// Ends well when transaction `$n` is acknowledged.
+    write: &'static str,
+    /// Prints the highest transaction and how many there are.
+    ask: &'static str,
+    template: Value,
+}
+
+fn manifest(database: &Database) -> String {
+    let Database { name, image, start, is_ready, .. } = database;
+    format!(
+        "apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: data}}
+spec: {{accessModes: [ReadWriteOnce], resources: {{requests: {{storage: 1Gi}}}}}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: db, labels: {{app: {name}}}}}
+spec:
+  terminationGracePeriodSeconds: 1
+  securityContext: {{runAsUser: 70, runAsGroup: 70, fsGroup: 70, fsGroupChangePolicy: OnRootMismatch}}
+  containers:
+  - name: db
+    image: {image}
+    imagePullPolicy: IfNotPresent
+    command: [sh, -c, {start}]
+    env: [{{name: PGHOST, value: /tmp}}, {{name: MYSQL_UNIX_PORT, value: /tmp/db.sock}}]
+    readinessProbe: {{exec: {{command: [sh, -c, {is_ready}]}}, periodSeconds: 1, timeoutSeconds: 5}}
+    securityContext: {{readOnlyRootFilesystem: true}}
+    volumeMounts: [{{name: data, mountPath: /data}}, {{name: tmp, mountPath: /tmp}}]
+  volumes:
+  - {{name: data, persistentVolumeClaim: {{claimName: data}}}}
+  - {{name: tmp, emptyDir: {{}}}}
+",
+        start = json!(start),
+        is_ready = json!(is_ready),
+    )
+}
+
+/// Writes one transaction after the other; notes each that is acknowledged, and when, beside the volume.
+fn writer(database: &Database) -> String {
+    format!(
+        r#"(n=1
+while {{ {}; }} >/dev/null 2>&1; do
+  read up rest </proc/uptime
+  echo "$n ${{up%.*}}${{up#*.}}" >> /tmp/acknowledged
+  n=$((n + 1))
+done) </dev/null >/dev/null 2>&1 &"#,
+        database.write
+    )
+}
+
+/// The last transaction before the longest pause, that pause in milliseconds, and the last of all.
+fn last_before_the_cut(acknowledged: &str) -> Result<(u64, u64, u64)> {
+    let parse = |line: &str| {
+        let (number, time) = line.split_once(' ')?;
+        Some((number.parse::<u64>().ok()?, time.parse::<u64>().ok()?))
+    };
+    let all: Vec<_> = acknowledged.lines().filter_map(parse).collect();
+    let pair = all.windows(2).max_by_key(|pair| pair[1].1 - pair[0].1).context("too few transactions")?;
+    Ok((pair[0].0, (pair[1].1 - pair[0].1) * 10, all.last().context("no transaction")?.0))
+}
+
+fn protects(database: Database) {
+    scenario(&format!("database-{}", database.name), async |s: Scenario| {
+        s.apply(&manifest(&database))?;
+        s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
+        s.shell("db", database.prepare)?;
+        s.shell("db", &writer(&database))?;
+        s.eventually("some load", async || {
+            Ok(s.shell("db", "wc -l < /tmp/acknowledged || echo 0")?.trim().parse::<u64>()? > 50)
+        })
+        .await?;
+        let selector = json!({"matchLabels": {"app": database.name}});
+        let mut plan = s.plan();
+        plan["quiesce"] = json!({"maxFreeze": "60s", "steps": [
+            {"selector": selector, "template": database.template}, {"selector": selector, "fsfreeze": {}}]});
+        s.start_backup("b", json!({"plan": plan})).await?;
+        let status = s.backup_succeeded("b").await?.status.context("status")?;
+        ensure!(status.consistency == Some(Consistency::Application), "{:?}", status.conditions);
+        let written = |at_least: u64| {
+            s.shell("db", &format!("[ $(wc -l < /tmp/acknowledged) -gt {at_least} ] && cat /tmp/acknowledged || true"))
+        };
+        let mut acknowledged = String::new();
+        let so_far = last_before_the_cut(&s.shell("db", "cat /tmp/acknowledged")?)?.2;
+        s.eventually("transactions after the cut", async || {
+            acknowledged = written(so_far + 20)?;
+            Ok(!acknowledged.is_empty())
+        })
+        .await?;
+        let (last, pause, end) = last_before_the_cut(&acknowledged)?;
+        s.lose_namespace()?;
+        s.restore_newest("back").await?;
+        s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
+        let found = s.shell("db", database.ask)?;
+        let found: Vec<_> = found.split_whitespace().collect();
+        let frozen =
+            status.quiesce.map(|quiesce| quiesce.workloads.iter().map(|w| w.freeze_millis).collect::<Vec<_>>());
+        println!(
+            "{}: {last} before the cut, {found:?} restored, {end} in all; at rest {pause} ms by its own clock, {frozen:?} by the guardian's",
+            database.name
+        );
+        ensure!(
+            found == [last.to_string(), last.to_string()],
+            "restored {found:?}, acknowledged before the cut {last}"
+        );
+        Ok(())
+    });
+}
+
+const POSTGRES: &str = "docker.io/lifeboat-e2e/postgres:15";
+const MARIADB: &str = "docker.io/lifeboat-e2e/mariadb:10.11";
+const REDIS: &str = "docker.io/lifeboat-e2e/redis:7";
+
+fn postgresql(name: &'static str, template: &str) -> Database {
+    Database {
+        name,
+        image: POSTGRES,
+        start: "set -e; export PGDATA=/data/db; [ -s $PGDATA/PG_VERSION ] || initdb -U postgres --auth=trust; exec postgres -c unix_socket_directories=/tmp -c dynamic_shared_memory_type=mmap",
+        is_ready: "psql -U postgres -qAtc 'select 1'",
+        prepare: "psql -U postgres -qc 'create table t (n bigint primary key)'",
+        write: "psql -U postgres -qc \"insert into t values ($n)\"",
+        ask: "psql -U postgres -qAtc 'select max(n), count(*) from t' | tr '|' ' '",
+        template: json!({"name": template}),
+    }
+}
+
+#[test]
+fn postgresql_in_backup_mode_is_restored_to_the_cut() {
+    protects(postgresql("postgresql", "postgresql"));
+}
+
+#[test]
+fn postgresql_after_a_checkpoint_is_restored_to_the_cut() {
+    protects(postgresql("postgresql-checkpoint", "postgresql-checkpoint"));
+}
+
+#[test]
+fn mariadb_under_a_read_lock_is_restored_to_the_cut() {
+    protects(Database {
+        name: "mariadb",
+        image: MARIADB,
+        start: "set -e; [ -d /data/db/mysql ] || mariadb-install-db --no-defaults --auth-root-authentication-method=normal --datadir=/data/db --skip-test-db >/tmp/install 2>&1 || { cat /tmp/install; exit 1; }; exec mariadbd --no-defaults --datadir=/data/db --socket=/tmp/db.sock --pid-file=/tmp/db.pid --tmpdir=/tmp --skip-networking --innodb-buffer-pool-size=32M",
+        is_ready: "mariadb -u root -e 'select 1'",
+        prepare: "mariadb -u root -e 'create database d; create table d.t (n bigint primary key) engine=innodb'",
+        write: "mariadb -u root -e \"insert into d.t values ($n)\"",
+        ask: "mariadb -u root -NBe 'select max(n), count(*) from d.t'",
+        template: json!({"name": "mariadb"}),
+    });
+}
+
+#[test]
+fn redis_with_paused_writes_is_restored_to_the_cut() {
+    protects(Database {
+        name: "redis",
+        image: REDIS,
+        start: "exec redis-server --dir /data --save '' --port 6379",
+        is_ready: "redis-cli ping",
+        prepare: "true",
+        write: "[ \"$(redis-cli incr n)\" = \"$n\" ]",
+        ask: "n=$(redis-cli get n); echo $n $n",
+        template: json!({"name": "redis"}),
+    });
+}
+
+#[test]
+fn sqlite_locked_by_a_session_is_restored_to_the_cut() {
+    protects(Database {
+        name: "sqlite",
+        image: REDIS,
+        start: "while :; do sleep 3600; done",
+        is_ready: "true",
+        prepare: "sqlite3 /data/app.db 'pragma journal_mode=wal; create table t (n integer primary key)'",
+        write: "sqlite3 -cmd '.timeout 60000' /data/app.db \"insert into t values ($n)\"",
+        ask: "sqlite3 -separator ' ' /data/app.db 'select max(n), count(*) from t'",
+        template: json!({"name": "sqlite", "parameters": {"file": "/data/app.db"}}),
+    });
+}
