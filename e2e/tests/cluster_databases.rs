@@ -78,12 +78,12 @@ fn last_before_the_cut(acknowledged: &str) -> Result<(u64, u64, u64)> {
     Ok((pair[0].0, (pair[1].1 - pair[0].1) * 10, all.last().context("no transaction")?.0))
 }
 
-fn protects(database: Database) {
+fn protects(database: &Database) {
     scenario(&format!("database-{}", database.name), async |s: Scenario| {
-        s.apply(&manifest(&database))?;
+        s.apply(&manifest(database))?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
         s.shell("db", database.prepare)?;
-        s.shell("db", &writer(&database))?;
+        s.shell("db", &writer(database))?;
         s.eventually("some load", async || {
             Ok(s.shell("db", "wc -l < /tmp/acknowledged || echo 0")?.trim().parse::<u64>()? > 50)
         })
@@ -144,17 +144,17 @@ fn postgresql(name: &'static str, template: &str) -> Database {
 
 #[test]
 fn postgresql_in_backup_mode_is_restored_to_the_cut() {
-    protects(postgresql("postgresql", "postgresql"));
+    protects(&postgresql("postgresql", "postgresql"));
 }
 
 #[test]
 fn postgresql_after_a_checkpoint_is_restored_to_the_cut() {
-    protects(postgresql("postgresql-checkpoint", "postgresql-checkpoint"));
+    protects(&postgresql("postgresql-checkpoint", "postgresql-checkpoint"));
 }
 
 #[test]
 fn mariadb_under_a_read_lock_is_restored_to_the_cut() {
-    protects(Database {
+    protects(&Database {
         name: "mariadb",
         image: MARIADB,
         start: "set -e; [ -d /data/db/mysql ] || mariadb-install-db --no-defaults --auth-root-authentication-method=normal --datadir=/data/db --skip-test-db >/tmp/install 2>&1 || { cat /tmp/install; exit 1; }; exec mariadbd --no-defaults --datadir=/data/db --socket=/tmp/db.sock --pid-file=/tmp/db.pid --tmpdir=/tmp --skip-networking --innodb-buffer-pool-size=32M",
@@ -168,7 +168,7 @@ fn mariadb_under_a_read_lock_is_restored_to_the_cut() {
 
 #[test]
 fn redis_with_paused_writes_is_restored_to_the_cut() {
-    protects(Database {
+    protects(&Database {
         name: "redis",
         image: REDIS,
         start: "exec redis-server --dir /data --save '' --port 6379",
@@ -182,7 +182,7 @@ fn redis_with_paused_writes_is_restored_to_the_cut() {
 
 #[test]
 fn sqlite_locked_by_a_session_is_restored_to_the_cut() {
-    protects(Database {
+    protects(&Database {
         name: "sqlite",
         image: REDIS,
         start: "while :; do sleep 3600; done",

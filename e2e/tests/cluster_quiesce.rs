@@ -338,7 +338,7 @@ fn without_a_guardian_commands_go_through_the_api_server_and_the_status_says_so(
             Ok(())
         }
         .await;
-        agents(r#"null"#)?;
+        agents("null")?;
         fresh_lifeboat(&s)?;
         result
     });
