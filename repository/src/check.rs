@@ -263,16 +263,18 @@ impl Check<'_> {
         file: &Regular,
         refs: &References,
     ) -> Result<(), ManifestError> {
-        if let Contents::Listed(lists) = &file.contents {
-            for chunk in lists {
-                self.is_referenced(snapshot, chunk, refs);
-            }
-        }
-        let mut lists = manifest.pieces(file);
-        while let Some(pieces) = lists.next().await {
-            for piece in pieces? {
-                if let Piece::Data { chunk, .. } = &piece {
+        for file in [file, &file.page_map_as_file()] {
+            if let Contents::Listed(lists) = &file.contents {
+                for chunk in lists {
                     self.is_referenced(snapshot, chunk, refs);
+                }
+            }
+            let mut lists = manifest.pieces(file);
+            while let Some(pieces) = lists.next().await {
+                for piece in pieces? {
+                    if let Piece::Data { chunk, .. } = &piece {
+                        self.is_referenced(snapshot, chunk, refs);
+                    }
                 }
             }
         }

@@ -50,7 +50,16 @@ fn entry(path: &[u8], kind: Kind) -> Entry {
 
 fn file_of(path: &[u8], chunk: ChunkRef, linked: bool) -> Entry {
     let contents = Contents::Inline(vec![Piece::whole(chunk)]);
-    entry(path, Kind::Regular(Regular { size: u64::from(chunk.len), sparse: false, linked, contents }))
+    entry(
+        path,
+        Kind::Regular(Regular {
+            size: u64::from(chunk.len),
+            sparse: false,
+            linked,
+            contents,
+            page_map: Contents::default(),
+        }),
+    )
 }
 
 fn link_to(path: &[u8], target: &Path) -> Entry {

@@ -7,7 +7,7 @@ use lifeboat_repository::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use lifeboat_repository::manifest::{
     Contents, Entry, Kind, MAX_PAGE_BYTES, Meta, PageRef, Piece, Reason, Regular, Skipped, Time, Xattr, compare_paths,
     decode_page, decode_pieces, decode_root, decode_skipped, encode_page, encode_pieces, encode_root, encode_skipped,
-    is_valid_path,
+    is_valid_path, page_map_len,
 };
 use lifeboat_repository::sink::MAX_CHUNK_BYTES;
 use proptest::collection::{btree_set, vec};
@@ -44,9 +44,12 @@ fn kind() -> impl Strategy<Value = Kind> {
             sparse,
             linked,
             contents: Contents::Inline(pieces),
+            page_map: Contents::default(),
         })),
-        1 => (vec(chunk(), 1..4), flags, 1u64..1 << 62).prop_map(|(lists, (sparse, linked), size)| {
-            Kind::Regular(Regular { size, sparse, linked, contents: Contents::Listed(lists) })
+        1 => (vec(chunk(), 1..4), flags, 1u64..1 << 62, any::<bool>()).prop_map(|(lists, (sparse, linked), size, inline)| {
+            let map = Contents::Inline(vec![Piece::Hole { len: page_map_len(size) }]);
+            let page_map = if inline { map } else { Contents::Listed(lists.clone()) };
+            Kind::Regular(Regular { size, sparse, linked, contents: Contents::Listed(lists), page_map })
         }),
         1 => Just(Kind::Directory),
         1 => vec(1u8.., 1..50).prop_map(|target| Kind::Symlink { target }),
@@ -208,11 +211,22 @@ fn hostile_entries_are_refused() {
     refused(&[with(Meta { xattrs: vec![Xattr { name: b"a\0b".to_vec(), value: vec![] }], ..Meta::default() })]);
     let file = |size, pieces| {
         let contents = Contents::Inline(pieces);
-        entry(b"a", Kind::Regular(Regular { size, sparse: false, linked: false, contents }))
+        entry(
+            b"a",
+            Kind::Regular(Regular { size, sparse: false, linked: false, contents, page_map: Contents::default() }),
+        )
     };
     let place = Place { pack: PackId { session: SessionId([0; 16]), seq: 0 }, slot: 0 };
     let chunk = ChunkRef { id: ChunkId([1; 32]), len: 100, place };
     refused(&[file(5, vec![])]);
+    let mapped = |size, page_map| {
+        let contents = Contents::Inline(if size == 0 { vec![] } else { vec![Piece::Hole { len: size }] });
+        entry(b"a", Kind::Regular(Regular { size, sparse: false, linked: false, contents, page_map }))
+    };
+    let map_of = |len| Contents::Inline(vec![Piece::Hole { len }]);
+    assert!(decode_page(&encode_page(&[mapped(8193, map_of(32))])).is_ok());
+    assert_eq!(refused(&[mapped(8193, map_of(31))]), "the pieces of a file do not make up its size");
+    assert_eq!(refused(&[mapped(0, map_of(16))]), "a page map of no pages");
     refused(&[file(u64::MAX, vec![Piece::Hole { len: u64::MAX }])]);
     refused(&[file(1, vec![Piece::Hole { len: u64::MAX }, Piece::Hole { len: 2 }])]);
     refused(&[file(0, vec![Piece::Hole { len: 0 }])]);
@@ -220,6 +234,32 @@ fn hostile_entries_are_refused() {
     refused(&[file(1 << 31, vec![Piece::Data { chunk, offset: u32::MAX, len: 1 << 31 }])]);
     let huge = ChunkRef { len: u32::MAX, ..chunk };
     refused(&[file(u64::from(u32::MAX), vec![Piece::whole(huge)])]);
+}
+
+/// As the other frozen bytes: version 1 with a page map.
+#[test]
+fn the_bytes_of_a_page_map_are_frozen() {
+    let place = Place { pack: PackId { session: SessionId([0xaa; 16]), seq: 1 }, slot: 2 };
+    let chunk = |id, len| ChunkRef { id: ChunkId([id; 32]), len, place };
+    let (size, contents) = (20_000, Contents::Inline(vec![Piece::whole(chunk(1, 20_000))]));
+    let inline = Contents::Inline(vec![Piece::Hole { len: 16 }, Piece::whole(chunk(2, 32))]);
+    let file = |page_map| Regular { size, sparse: false, linked: false, contents: contents.clone(), page_map };
+    let page = [
+        entry(b"a", Kind::Regular(file(inline))),
+        entry(b"b", Kind::Regular(file(Contents::Listed(vec![chunk(3, 99)])))),
+    ];
+    let bytes = encode_page(&page);
+    assert_eq!(decode_page(&bytes).unwrap(), page);
+    assert_eq!(hex(&bytes), include_str!("golden/manifest-page-map-1.hex").trim());
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1 << bit;
+            if let Ok(entries) = decode_page(&changed) {
+                assert_sound(&entries);
+            }
+        }
+    }
 }
 
 #[test]
@@ -255,7 +295,10 @@ fn the_bytes_are_frozen() {
         inode: 300,
         xattrs: vec![Xattr { name: b"user.a".to_vec(), value: b"\0\xff".to_vec() }],
     };
-    let file = |size, sparse, linked, contents| Kind::Regular(Regular { size, sparse, linked, contents });
+    let page_map = Contents::default();
+    let file = |size, sparse, linked, contents| {
+        Kind::Regular(Regular { size, sparse, linked, contents, page_map: page_map.clone() })
+    };
     let part = Piece::Data { chunk: data, offset: 10, len: 20 };
     let inline = Contents::Inline(vec![Piece::whole(data), Piece::Hole { len: 4096 }, part, Piece::whole(data)]);
     let page = vec![

@@ -133,9 +133,10 @@ impl Assembly {
             size: super::read::SMALL_BYTES,
             sparse: false,
             linked: true,
-            contents: Contents::Inline(Vec::new()),
+            contents: Contents::default(),
+            page_map: Contents::default(),
         });
-        let items = vec![Item::Entry(entry, Todo::Read { changed: true })];
+        let items = vec![Item::Entry(entry, Todo::Read { changed: true, before: None })];
         for outcome in resolve(Arc::clone(&self.context), items).await? {
             match outcome {
                 Outcome::Done(entry) => {

@@ -24,14 +24,14 @@ const GROUP_BYTES: u64 = 512 << 10;
 const LINK_BYTES: usize = 32 << 20;
 
 /// What is left to do for an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Todo {
     /// It is complete.
     Nothing,
     /// The file did not change: its lists of pieces are to be taken over.
     Inherit,
-    /// The file is to be read. Whether the parent has it, with other content.
-    Read { changed: bool },
+    /// The file is to be read. Whether the parent has it, with other content; and what it has of a file with a page map.
+    Read { changed: bool, before: Option<Box<Regular>> },
 }
 
 /// What a walk hands on.
@@ -171,25 +171,31 @@ impl Comparison {
             }
         }
         let (size, sparse) = size_and_sparse(stat);
-        let file = |contents| Kind::Regular(Regular { size, sparse, linked, contents });
-        let nothing = Contents::Inline(Vec::new());
+        let file = Regular { size, sparse, linked, contents: Contents::default(), page_map: Contents::default() };
         if size == 0 {
-            return Ok((file(nothing), Todo::Nothing));
+            return Ok((Kind::Regular(file), Todo::Nothing));
         }
         let changed = parent.is_some();
-        if let Some(Entry { meta: old, kind: Kind::Regular(before), .. }) = parent
-            && old.inode != 0
-            && (before.size, old.mtime, old.ctime, old.inode) == (size, meta.mtime, meta.ctime, meta.inode)
-        {
-            let todo = match &before.contents {
-                Contents::Listed(_) => Todo::Inherit,
-                Contents::Inline(pieces) if self.context.inherits(pieces) => Todo::Nothing,
-                // Condemned: the same bytes go back into an ordinary bundle.
-                Contents::Inline(_) => return Ok((file(nothing), Todo::Read { changed: false })),
+        let Some(Entry { meta: old, kind: Kind::Regular(before), .. }) = parent else {
+            return Ok((Kind::Regular(file), Todo::Read { changed, before: None }));
+        };
+        let is_same = old.inode != 0
+            && (before.size, old.mtime, old.ctime, old.inode) == (size, meta.mtime, meta.ctime, meta.inode);
+        if is_same {
+            let todo = match (&before.contents, &before.page_map) {
+                (Contents::Inline(pieces), Contents::Inline(map)) => {
+                    (self.context.inherits(pieces) && self.context.inherits(map)).then_some(Todo::Nothing)
+                }
+                _ => Some(Todo::Inherit),
             };
-            return Ok((file(before.contents), todo));
+            if let Some(todo) = todo {
+                let Regular { contents, page_map, .. } = before;
+                return Ok((Kind::Regular(Regular { contents, page_map, ..file }), todo));
+            }
+            // Condemned: the same bytes go back into an ordinary bundle.
         }
-        Ok((file(nothing), Todo::Read { changed }))
+        let before = (!before.page_map.is_empty()).then(|| Box::new(before));
+        Ok((Kind::Regular(file), Todo::Read { changed: !is_same, before }))
     }
 }
 

@@ -130,7 +130,7 @@ async fn file_outcome(
     let entry = Entry {
         path: path.to_vec(),
         meta: Meta { mode: 0o644, mtime, ..Meta::default() },
-        kind: Kind::Regular(Regular { size, sparse: false, linked: false, contents }),
+        kind: Kind::Regular(Regular { size, sparse: false, linked: false, contents, page_map: Contents::default() }),
     };
     Ok(if is_small { Outcome::Small { entry, bytes, changed: false } } else { Outcome::Done(entry) })
 }

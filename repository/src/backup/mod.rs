@@ -7,6 +7,9 @@
 mod assemble;
 mod compare;
 mod entries;
+#[cfg(test)]
+mod page_tests;
+mod pages;
 mod parent;
 mod read;
 #[cfg(test)]

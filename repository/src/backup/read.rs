@@ -17,6 +17,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::BackupError;
 use super::compare::{Item, Todo, size_and_sparse};
+use super::pages::{Before, MAPPED_BYTES, MapPart, PageMap, Run, WINDOW_BYTES, join};
 use crate::beneath::Beneath;
 use crate::chunk::Chunker;
 use crate::manifest::{self, Contents, Entry, Kind, Piece, PieceListWriter, Reason, Regular, Skipped};
@@ -31,6 +32,10 @@ pub(super) const SMALL_BYTES: u64 = 64 << 10;
 const READ_BYTES: usize = 1 << 20;
 /// Bytes read ahead of storing, per file.
 const BATCH_BYTES: usize = 2 << 20;
+/// Bytes of changed pages that make a patch.
+const PATCH_BYTES: usize = 512 << 10;
+/// Bytes of a file that are looked at before what was found is handed on.
+const SCAN_BYTES: u64 = 64 << 20;
 /// Large files that are read at once.
 const STREAMS: usize = 3;
 /// Bytes cut but not yet stored, all files together, in KiB.
@@ -142,11 +147,18 @@ pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<V
     if context.is_stopped() {
         return Err(BackupError::Cancelled);
     }
-    if let [Item::Entry(entry, todo)] = group.as_slice()
-        && (*todo == Todo::Inherit || (*todo != Todo::Nothing && entry.size() >= SMALL_BYTES))
-    {
-        return Ok(vec![resolve_large(&context, entry.clone(), *todo).await?]);
-    }
+    let is_large = |entry: &Entry, todo: &Todo| match todo {
+        Todo::Nothing => false,
+        Todo::Inherit => true,
+        Todo::Read { .. } => entry.size() >= SMALL_BYTES,
+    };
+    let group = match <[Item; 1]>::try_from(group) {
+        Ok([Item::Entry(entry, todo)]) if is_large(&entry, &todo) => {
+            return Ok(vec![resolve_large(&context, entry, todo).await?]);
+        }
+        Ok([item]) => vec![item],
+        Err(group) => group,
+    };
     let reading = Arc::clone(&context);
     let small = spawn_blocking(move || group.into_iter().map(|item| read_small(&reading, item)).collect::<Vec<_>>());
     let mut outcomes = Vec::new();
@@ -154,34 +166,42 @@ pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<V
         outcomes.push(match read {
             Ok(outcome) => outcome,
             // It grew since the walk.
-            Err(entry) => resolve_large(&context, *entry, Todo::Read { changed: true }).await?,
+            Err(entry) => resolve_large(&context, *entry, Todo::Read { changed: true, before: None }).await?,
         });
     }
     Ok(outcomes)
 }
 
 async fn resolve_large(context: &Arc<Context>, entry: Entry, todo: Todo) -> Result<Outcome, BackupError> {
-    if todo == Todo::Inherit && inherit_lists(context, &entry).await? {
-        context.progress.add_bytes(entry.size());
-        return Ok(Outcome::Done(entry));
-    }
-    read_large(context, entry).await
+    let before = match todo {
+        Todo::Inherit if inherit_lists(context, &entry).await? => {
+            context.progress.add_bytes(entry.size());
+            return Ok(Outcome::Done(entry));
+        }
+        Todo::Read { before, .. } => before,
+        _ => None,
+    };
+    read_large(context, entry, before.map(|before| *before)).await
 }
 
 /// Takes over the lists of a large file and all that they list.
 async fn inherit_lists(context: &Context, entry: &Entry) -> Result<bool, BackupError> {
     let Kind::Regular(file) = &entry.kind else { return Ok(false) };
-    let (Contents::Listed(lists), Some(source)) = (&file.contents, &context.source) else { return Ok(false) };
-    if !lists.iter().all(|list| context.sink.inherit(list)) {
-        return Ok(false);
-    }
-    let mut pieces = manifest::pieces(Arc::clone(source), file);
-    while let Some(list) = pieces.next().await {
-        match list {
-            Ok(list) if context.inherits(&list) => {}
-            Ok(_) => return Ok(false),
-            Err(error) if super::parent::is_lost(&error) => return Ok(false),
-            Err(error) => return Err(BackupError::ReadParent(error)),
+    let Some(source) = &context.source else { return Ok(false) };
+    for file in [file, &file.page_map_as_file()] {
+        if let Contents::Listed(lists) = &file.contents
+            && !lists.iter().all(|list| context.sink.inherit(list))
+        {
+            return Ok(false);
+        }
+        let mut pieces = manifest::pieces(Arc::clone(source), file);
+        while let Some(list) = pieces.next().await {
+            match list {
+                Ok(list) if context.inherits(&list) => {}
+                Ok(_) => return Ok(false),
+                Err(error) if super::parent::is_lost(&error) => return Ok(false),
+                Err(error) => return Err(BackupError::ReadParent(error)),
+            }
         }
     }
     Ok(true)
@@ -231,7 +251,8 @@ fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reason> {
     }
     if let Kind::Regular(regular) = &mut entry.kind {
         (regular.size, regular.sparse) = size_and_sparse(&stat);
-        regular.contents = Contents::Inline(Vec::new());
+        regular.contents = Contents::default();
+        regular.page_map = Contents::default();
     }
     Ok(file)
 }
@@ -254,7 +275,7 @@ fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reaso
 fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
     let (mut entry, changed) = match item {
         Item::Skipped(skipped) => return Ok(Outcome::Skipped(skipped)),
-        Item::Entry(entry, Todo::Read { changed }) => (entry, changed),
+        Item::Entry(entry, Todo::Read { changed, .. }) => (entry, changed),
         Item::Entry(entry, _) => {
             context.progress.add_bytes(entry.size());
             return Ok(Outcome::Done(entry));
@@ -288,8 +309,26 @@ fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
 
 /// A piece that is not stored yet.
 enum Cut {
-    Hole(u64),
     Chunk(ChunkId, Bytes),
+    /// A hole, or what the parent has.
+    Kept(Piece),
+    /// A part of the patch of the batch.
+    Patched {
+        offset: u32,
+        len: u32,
+    },
+}
+
+/// What was read of a large file at a time.
+#[derive(Default)]
+struct Batch {
+    cuts: Vec<Cut>,
+    /// Bytes in chunks of `cuts`.
+    bytes: usize,
+    /// Changed pages, one after the other.
+    patch: Vec<u8>,
+    map: Vec<MapPart>,
+    is_last: bool,
 }
 
 /// Reads one large file from its start to its end.
@@ -303,6 +342,8 @@ struct LargeFile {
     /// End of the run of data that is being read.
     data_end: u64,
     buffer: ReadBuffer,
+    map: Option<PageMap>,
+    before: Option<Before>,
 }
 
 /// Bytes that were read and not cut yet. One allocation for the whole file: chunks are copied out of it, so that one
@@ -333,6 +374,10 @@ impl ReadBuffer {
         &mut self.bytes[self.end..until]
     }
 
+    fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
     fn take(&mut self, count: usize) -> Bytes {
         let taken = Bytes::copy_from_slice(&self.filled()[..count]);
         self.start += count;
@@ -341,42 +386,87 @@ impl ReadBuffer {
 }
 
 impl LargeFile {
-    /// The next pieces, about [`BATCH_BYTES`]; none at the end.
-    fn next(&mut self, context: &Context) -> Result<Vec<Cut>, Reason> {
-        let mut cuts = Vec::new();
-        let mut bytes = 0;
-        while bytes < BATCH_BYTES {
+    /// The next pieces, about [`BATCH_BYTES`] of new data.
+    fn next(&mut self, context: &Context) -> Result<Batch, Reason> {
+        let mut batch = Batch::default();
+        let until = self.at.saturating_add(SCAN_BYTES);
+        while batch.bytes < BATCH_BYTES && batch.patch.len() < PATCH_BYTES && self.at < until {
             if self.buffer.filled().len() < context.chunker.max() && self.at < self.data_end {
-                self.fill(context)?;
+                self.fill(context, &mut batch)?;
             } else if !self.buffer.filled().is_empty() {
-                let plain = self.buffer.take(context.chunker.cut(self.buffer.filled()));
-                bytes += plain.len();
-                cuts.push(Cut::Chunk(context.sink.chunk_id(&plain), plain));
+                self.cut(context, self.buffer.filled().len(), &mut batch);
             } else if self.at < self.size {
-                if let Some(hole) = self.next_run() {
-                    cuts.push(Cut::Hole(hole));
-                    context.progress.add_bytes(hole);
+                if let Some(len) = self.next_run() {
+                    batch.cuts.push(Cut::Kept(Piece::Hole { len }));
+                    context.progress.add_bytes(len);
                 }
             } else {
+                if let Some(map) = &mut self.map {
+                    map.finish(&mut batch.map);
+                }
+                batch.is_last = true;
                 break;
             }
         }
-        Ok(cuts)
+        Ok(batch)
     }
 
-    fn fill(&mut self, context: &Context) -> Result<(), Reason> {
+    /// Cuts a chunk off the first `len` bytes of the buffer.
+    fn cut(&mut self, context: &Context, len: usize, batch: &mut Batch) {
+        let plain = self.buffer.take(context.chunker.cut(&self.buffer.filled()[..len]));
+        batch.bytes += plain.len();
+        batch.cuts.push(Cut::Chunk(context.sink.chunk_id(&plain), plain));
+    }
+
+    fn fill(&mut self, context: &Context, batch: &mut Batch) -> Result<(), Reason> {
         if let Some(hook) = &context.hooks.before_read {
             hook(&self.path, self.at);
         }
-        let count = usize::try_from(self.data_end - self.at).unwrap_or(READ_BYTES).min(READ_BYTES);
+        // With a page map: to the end of the window.
+        let step = if self.map.is_some() { WINDOW_BYTES - self.at % WINDOW_BYTES } else { READ_BYTES as u64 };
+        let count = usize::try_from((self.data_end - self.at).min(step)).unwrap_or(READ_BYTES);
         let room = self.buffer.room(count);
         let count = room.len();
         read_full(&self.file, room, self.at)?;
+        let at = self.at;
         self.buffer.end += count;
         self.at += count as u64;
         context.read_bytes.fetch_add(count as u64, Ordering::Relaxed);
         context.progress.add_bytes(count as u64);
+        if let Some(map) = &mut self.map {
+            let filled = self.buffer.filled();
+            let hashes = map.hash(at, &filled[filled.len() - count..]);
+            map.push(at, &hashes, &mut batch.map);
+            if let Some(runs) = self.before.as_mut().and_then(|before| before.compare(at, count, &hashes)) {
+                self.keep(context, count, runs, batch);
+            }
+        }
         Ok(())
+    }
+
+    /// Takes over what did not change of the last `count` bytes, and patches the rest.
+    fn keep(&mut self, context: &Context, count: usize, runs: Vec<Run>, batch: &mut Batch) {
+        let kept = runs.iter().filter_map(|run| if let Run::Kept(pieces) = run { Some(pieces) } else { None });
+        // What is condemned is stored again.
+        if !kept.fold(true, |all, pieces| context.inherits(pieces) && all) {
+            return;
+        }
+        // A run of new data ends before it.
+        while self.buffer.filled().len() > count {
+            self.cut(context, self.buffer.filled().len() - count, batch);
+        }
+        for run in runs {
+            match run {
+                Run::Kept(pieces) => batch.cuts.extend(pieces.into_iter().map(Cut::Kept)),
+                Run::Changed { from, len } => {
+                    // A batch ends soon after its patch has `PATCH_BYTES`: both fit.
+                    let short = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+                    batch.cuts.push(Cut::Patched { offset: short(batch.patch.len()), len: short(len) });
+                    batch.patch.extend_from_slice(&self.buffer.filled()[from..from + len]);
+                }
+            }
+        }
+        self.buffer.clear();
     }
 
     /// Finds where data begins and ends; gives back the length of the hole before it.
@@ -420,7 +510,7 @@ impl LargeFile {
     }
 }
 
-async fn read_large(context: &Arc<Context>, mut entry: Entry) -> Result<Outcome, BackupError> {
+async fn read_large(context: &Arc<Context>, mut entry: Entry, before: Option<Regular>) -> Result<Outcome, BackupError> {
     let _stream = context.streams.acquire().await.map_err(|_| BackupError::Cancelled)?;
     context.progress.set_current(&entry.path);
     let opening = Arc::clone(context);
@@ -437,11 +527,13 @@ async fn read_large(context: &Arc<Context>, mut entry: Entry) -> Result<Outcome,
     let Kind::Regular(Regular { size, sparse, .. }) = entry.kind else { return Ok(Outcome::Done(entry)) };
     advise(&file, Advice::Sequential);
     let (path, buffer) = (entry.path.clone(), ReadBuffer::new(context.chunker.max(), size));
-    let file = LargeFile { file, path, size, sparse, at: 0, data_end: 0, buffer };
+    let map = (size >= MAPPED_BYTES).then(|| PageMap::new(&*context.sink, size));
+    let before = before.zip(context.source.as_ref()).map(|(before, source)| Before::start(source, &before));
+    let file = LargeFile { file, path, size, sparse, at: 0, data_end: 0, buffer, map, before };
     match store_all(context, file).await? {
-        Ok(contents) => {
+        Ok((contents, page_map)) => {
             if let Kind::Regular(regular) = &mut entry.kind {
-                regular.contents = contents;
+                (regular.contents, regular.page_map) = (contents, page_map);
             }
             Ok(Outcome::Done(entry))
         }
@@ -449,46 +541,63 @@ async fn read_large(context: &Arc<Context>, mut entry: Entry) -> Result<Outcome,
     }
 }
 
-/// A hint; file systems that do not take it are as good.
+/// Advice makes reading faster and keeps the page cache for others; it may fail.
 fn advise(file: &OwnedFd, advice: Advice) {
     if let Err(error) = fadvise(file, 0, None, advice) {
         tracing::trace!(%error, "no advice taken");
     }
 }
 
-type Reading = JoinHandle<(LargeFile, Result<Vec<Cut>, Reason>)>;
+type Reading = JoinHandle<(LargeFile, Result<Batch, Reason>)>;
 
 fn read_on(context: &Arc<Context>, mut file: LargeFile) -> Reading {
     let context = Arc::clone(context);
     spawn_blocking(move || {
-        let cuts = file.next(&context);
-        (file, cuts)
+        let batch = file.next(&context);
+        (file, batch)
     })
 }
 
-/// Reads the next pieces while those before are stored.
-async fn store_all(context: &Arc<Context>, file: LargeFile) -> Result<Result<Contents, Reason>, BackupError> {
-    let mut pieces = PieceListWriter::new(Arc::clone(&context.sink));
+/// Reads the next pieces while those before are stored. Gives back the contents and the page map.
+async fn store_all(
+    context: &Arc<Context>,
+    file: LargeFile,
+) -> Result<Result<(Contents, Contents), Reason>, BackupError> {
+    let mut pieces = Pieces::new(context);
+    let mut map = PieceListWriter::new(Arc::clone(&context.sink));
     let mut storing: VecDeque<Storing> = VecDeque::new();
-    let mut reading = read_on(context, file);
-    loop {
-        let (file, cuts) = reading.await.map_err(BackupError::Worker)?;
+    let mut reading = Some(read_on(context, file));
+    while let Some(ended) = reading.take() {
+        let (file, batch) = ended.await.map_err(BackupError::Worker)?;
         if context.is_stopped() {
             return Err(BackupError::Cancelled);
         }
-        let cuts = match cuts {
-            Ok(cuts) if cuts.is_empty() => {
-                advise(&file.file, Advice::DontNeed);
-                break;
-            }
-            Ok(cuts) => cuts,
+        let batch = match batch {
+            Ok(batch) => batch,
             Err(reason) => return Ok(Err(reason)),
         };
-        reading = read_on(context, file);
-        for cut in cuts {
-            storing.push_back(match cut {
-                Cut::Hole(len) => Storing::Done(Piece::Hole { len }),
-                Cut::Chunk(id, plain) => Storing::Put(context.store(ChunkKind::Data, id, plain).await?),
+        if batch.is_last {
+            advise(&file.file, Advice::DontNeed);
+        } else {
+            reading = Some(read_on(context, file));
+        }
+        for part in batch.map {
+            map.push(store_map(context, part).await?).await?;
+        }
+        let patch = if batch.patch.is_empty() {
+            None
+        } else {
+            let plain = Bytes::from(batch.patch);
+            let put = context.store(ChunkKind::Data, context.sink.chunk_id(&plain), plain).await?;
+            Some(put.await.map_err(BackupError::Worker)??.chunk)
+        };
+        for cut in batch.cuts {
+            storing.push_back(match (cut, patch) {
+                (Cut::Kept(piece), _) => Storing::Done(piece),
+                (Cut::Chunk(id, plain), _) => Storing::Put(context.store(ChunkKind::Data, id, plain).await?),
+                (Cut::Patched { offset, len }, Some(chunk)) => Storing::Done(Piece::Data { chunk, offset, len }),
+                // The patch of a batch with patched pages is not empty.
+                (Cut::Patched { .. }, None) => continue,
             });
             while storing.len() >= IN_FLIGHT
                 && let Some(oldest) = storing.pop_front()
@@ -500,7 +609,46 @@ async fn store_all(context: &Arc<Context>, file: LargeFile) -> Result<Result<Con
     for stored in storing {
         pieces.push(stored.settle().await?).await?;
     }
-    Ok(Ok(pieces.finish().await?))
+    Ok(Ok((pieces.finish().await?, map.finish().await?)))
+}
+
+/// Stores a part of a page map: as metadata, because a writer that cannot read data needs it.
+async fn store_map(context: &Context, part: MapPart) -> Result<Piece, BackupError> {
+    Ok(match part {
+        MapPart::Unknown(len) => Piece::Hole { len },
+        MapPart::Hashes(plain) => {
+            let id = context.sink.chunk_id(&plain);
+            Piece::whole(context.sink.put(ChunkKind::Manifest, id, plain).await?.chunk)
+        }
+    })
+}
+
+/// Joins pieces that go on where the one before ends.
+struct Pieces {
+    writer: PieceListWriter,
+    last: Option<Piece>,
+}
+
+impl Pieces {
+    fn new(context: &Context) -> Self {
+        Self { writer: PieceListWriter::new(Arc::clone(&context.sink)), last: None }
+    }
+
+    async fn push(&mut self, piece: Piece) -> Result<(), SessionError> {
+        let joined = self.last.as_ref().and_then(|last| join(last, &piece));
+        let is_joined = joined.is_some();
+        match self.last.replace(joined.unwrap_or(piece)) {
+            Some(before) if !is_joined => self.writer.push(before).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn finish(mut self) -> Result<Contents, SessionError> {
+        if let Some(last) = self.last {
+            self.writer.push(last).await?;
+        }
+        self.writer.finish().await
+    }
 }
 
 enum Storing {

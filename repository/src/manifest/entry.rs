@@ -70,6 +70,26 @@ pub struct Regular {
     pub linked: bool,
     /// Its bytes.
     pub contents: Contents,
+    /// Short hashes of its pages, so that the next backup sees which of them changed; empty: there are none.
+    pub page_map: Contents,
+}
+
+impl Regular {
+    /// The page map, as if it were a file.
+    pub fn page_map_as_file(&self) -> Self {
+        let (size, contents) = (page_map_len(self.size), self.page_map.clone());
+        Self { size, sparse: false, linked: false, contents, page_map: Contents::default() }
+    }
+}
+
+/// The unit in which changes of large files are noticed: what databases write at once, or a multiple of it.
+pub const PAGE_BYTES: u64 = 8 << 10;
+/// Bytes of a page's hash in a page map.
+pub const PAGE_HASH_BYTES: usize = 16;
+
+/// Bytes of the page map of a file with this size.
+pub fn page_map_len(size: u64) -> u64 {
+    size.div_ceil(PAGE_BYTES) * PAGE_HASH_BYTES as u64
 }
 
 /// The bytes of a file: pieces from its start to its end.
@@ -79,6 +99,19 @@ pub enum Contents {
     Inline(Vec<Piece>),
     /// The chunks that hold the lists of pieces.
     Listed(Vec<ChunkRef>),
+}
+
+impl Default for Contents {
+    fn default() -> Self {
+        Self::Inline(Vec::new())
+    }
+}
+
+impl Contents {
+    /// Whether there are no pieces.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::Inline(pieces) if pieces.is_empty())
+    }
 }
 
 /// A run of bytes of a file.

@@ -15,7 +15,8 @@ mod writer;
 use thiserror::Error;
 
 pub use entry::{
-    Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path,
+    Contents, Entry, Kind, MAX_PATH_BYTES, Meta, PAGE_BYTES, PAGE_HASH_BYTES, Piece, Regular, Time, Xattr,
+    compare_paths, is_valid_path, page_map_len,
 };
 pub(crate) use entry::{is_in, split_path};
 pub use page::{MAX_PAGE_BYTES, decode_page, encode_page};

@@ -3,6 +3,7 @@
 use super::FormatError;
 use super::entry::{
     Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path,
+    page_map_len,
 };
 use super::fields::{Fields, VERSION, put_bytes, put_number, put_signed};
 use super::pieces::{ChunkTable, PieceReader, put_pieces, total_len};
@@ -26,6 +27,7 @@ const LINK: u8 = 7;
 const SPARSE: u8 = 0x10;
 const LINKED: u8 = 0x20;
 const LISTED: u8 = 0x40;
+const MAPPED: u8 = 0x80;
 
 #[derive(Default)]
 struct Columns {
@@ -97,27 +99,40 @@ impl Columns {
                 put_bytes(&mut self.details, to);
                 LINK
             }
-            Kind::Regular(Regular { size, sparse, linked, contents }) => {
+            Kind::Regular(Regular { size, sparse, linked, contents, page_map }) => {
                 put_number(&mut self.details, *size);
                 let mut kind = REGULAR;
                 for (is_set, flag) in [(*sparse, SPARSE), (*linked, LINKED)] {
                     kind |= if is_set { flag } else { 0 };
                 }
-                match contents {
-                    Contents::Inline(pieces) => {
-                        put_number(&mut self.contents, pieces.len() as u64);
-                        put_pieces(&mut self.contents, pieces, &mut self.table);
-                    }
-                    Contents::Listed(lists) => {
-                        kind |= LISTED;
-                        put_number(&mut self.contents, lists.len() as u64);
-                        let lists: Vec<_> = lists.iter().map(|list| Piece::whole(*list)).collect();
-                        put_pieces(&mut self.contents, &lists, &mut self.table);
-                    }
+                if self.push_contents(contents) {
+                    kind |= LISTED;
+                }
+                if !page_map.is_empty() {
+                    kind |= MAPPED;
+                    self.contents.push(u8::from(matches!(page_map, Contents::Listed(_))));
+                    self.push_contents(page_map);
                 }
                 kind
             }
         }
+    }
+}
+
+impl Columns {
+    /// Appends pieces, or the lists of pieces: then the answer is `true`.
+    fn push_contents(&mut self, contents: &Contents) -> bool {
+        let lists: Vec<_>;
+        let (pieces, is_listed) = match contents {
+            Contents::Inline(pieces) => (pieces, false),
+            Contents::Listed(chunks) => {
+                lists = chunks.iter().map(|list| Piece::whole(*list)).collect();
+                (&lists, true)
+            }
+        };
+        put_number(&mut self.contents, pieces.len() as u64);
+        put_pieces(&mut self.contents, pieces, &mut self.table);
+        is_listed
     }
 }
 
@@ -268,7 +283,7 @@ impl Reading<'_> {
     }
 
     fn regular(&mut self, byte: u8) -> Result<Regular, FormatError> {
-        if byte & !(SPARSE | LINKED | LISTED) != REGULAR {
+        if byte & !(SPARSE | LINKED | LISTED | MAPPED) != REGULAR {
             return Err(self.kinds.error("unknown flags of a file"));
         }
         let size = self.details.number()?;
@@ -276,14 +291,28 @@ impl Reading<'_> {
         if i64::try_from(size).is_err() {
             return Err(self.details.error("a file is too large"));
         }
+        let contents = self.contents(byte & LISTED != 0, size)?;
+        let page_map = if byte & MAPPED == 0 {
+            Contents::default()
+        } else {
+            let is_listed = match self.contents.take(1)?[0] {
+                0 => false,
+                1 => true,
+                _ => return Err(self.contents.error("unknown form of a page map")),
+            };
+            if size == 0 {
+                return Err(self.contents.error("a page map of no pages"));
+            }
+            self.contents(is_listed, page_map_len(size))?
+        };
+        Ok(Regular { size, sparse: byte & SPARSE != 0, linked: byte & LINKED != 0, contents, page_map })
+    }
+
+    /// Pieces that make up `size` bytes, or chunks with lists of them.
+    fn contents(&mut self, is_listed: bool, size: u64) -> Result<Contents, FormatError> {
         let count = self.contents.count(1)?;
         let pieces = self.pieces.read(count, &mut self.contents)?;
-        let contents = if byte & LISTED == 0 {
-            if total_len(&pieces) != Some(size) {
-                return Err(self.contents.error("the pieces of a file do not make up its size"));
-            }
-            Contents::Inline(pieces)
-        } else {
+        if is_listed {
             let lists: Option<Vec<_>> = pieces
                 .iter()
                 .map(|piece| match piece {
@@ -292,9 +321,12 @@ impl Reading<'_> {
                 })
                 .collect();
             let lists = lists.filter(|lists| !lists.is_empty() && size > 0);
-            Contents::Listed(lists.ok_or_else(|| self.contents.error("a list of pieces that is no chunk"))?)
-        };
-        Ok(Regular { size, sparse: byte & SPARSE != 0, linked: byte & LINKED != 0, contents })
+            Ok(Contents::Listed(lists.ok_or_else(|| self.contents.error("a list of pieces that is no chunk"))?))
+        } else if total_len(&pieces) == Some(size) {
+            Ok(Contents::Inline(pieces))
+        } else {
+            Err(self.contents.error("the pieces of a file do not make up its size"))
+        }
     }
 
     fn end(&self) -> Result<(), FormatError> {

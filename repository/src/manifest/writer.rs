@@ -125,11 +125,13 @@ pub(crate) fn worker_ended(error: &tokio::task::JoinError) -> SessionError {
 /// About the bytes that the entry takes in a page.
 fn encoded_size(entry: &Entry, before: &[u8]) -> usize {
     let attributes: usize = entry.meta.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len() + 3).sum();
+    let pieces = |contents: &Contents| match contents {
+        Contents::Inline(pieces) => pieces.len() * 45 + 4,
+        Contents::Listed(lists) => lists.len() * 45 + 4,
+    };
     let kind = match &entry.kind {
-        Kind::Regular(file) => match &file.contents {
-            Contents::Inline(pieces) => pieces.len() * 45 + 4,
-            Contents::Listed(lists) => lists.len() * 45 + 4,
-        },
+        Kind::Regular(file) if file.page_map.is_empty() => pieces(&file.contents),
+        Kind::Regular(file) => pieces(&file.contents) + pieces(&file.page_map),
         Kind::Symlink { target } => target.len() + 2,
         Kind::Link { to } => to.len() + 2,
         _ => 2,

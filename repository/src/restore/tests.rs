@@ -15,7 +15,7 @@ fn entry(path: &str, kind: Kind) -> Entry {
 }
 
 fn file(path: &str, size: u64, contents: Contents) -> Entry {
-    entry(path, Kind::Regular(Regular { size, sparse: false, linked: false, contents }))
+    entry(path, Kind::Regular(Regular { size, sparse: false, linked: false, contents, page_map: Contents::default() }))
 }
 
 async fn put(double: &Double, bytes: &[u8]) -> ChunkRef {
