@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use super::squeeze;
 use crate::crypto::{Cipher, CryptoError, Purpose, TAG_BYTES};
 use crate::id::ChunkId;
 use crate::sink::{ChunkKind, MAX_CHUNK_BYTES};
@@ -104,14 +105,15 @@ pub(crate) fn seal_frame(
     level: i32,
 ) -> Result<SealedFrame, FrameError> {
     let plain_len = u32::try_from(plain.len()).map_err(|_| FrameError::Length)?;
-    let compressed = zstd::bulk::compress(plain, level).map_err(|_| FrameError::Seal)?;
-    let (codec, mut bytes) = if is_worth_it(compressed.len(), plain.len()) {
-        (Codec::Zstd, compressed)
-    } else {
-        let mut raw = Vec::with_capacity(plain.len() + TAG_BYTES);
-        raw.extend_from_slice(plain);
-        (Codec::Raw, raw)
-    };
+    let (codec, mut bytes) = squeeze::compress(plain, level, |compressed| {
+        let (codec, packed) =
+            if is_worth_it(compressed.len(), plain.len()) { (Codec::Zstd, compressed) } else { (Codec::Raw, plain) };
+        // As many bytes as will be kept: a frame waits in its pack until that is uploaded.
+        let mut bytes = Vec::with_capacity(packed.len() + TAG_BYTES);
+        bytes.extend_from_slice(packed);
+        (codec, bytes)
+    })
+    .map_err(|_| FrameError::Seal)?;
     cipher
         .seal(Purpose::Frame, u64::from(counter), &aad(id, plain_len, kind), &mut bytes)
         .map_err(|_: CryptoError| FrameError::Seal)?;
@@ -148,7 +150,7 @@ pub(crate) fn open_frame(
     sealed.truncate(opened);
     let plain = match expected.codec {
         Codec::Raw => sealed,
-        Codec::Zstd => zstd::bulk::decompress(&sealed, plain_len).map_err(|_| FrameError::Decompress)?,
+        Codec::Zstd => squeeze::decompress(&sealed, plain_len).map_err(|_| FrameError::Decompress)?,
     };
     if plain.len() != plain_len {
         return Err(FrameError::Length);

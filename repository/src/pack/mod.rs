@@ -6,6 +6,7 @@ mod builder;
 mod directory;
 mod frame;
 mod layout;
+mod squeeze;
 
 pub(crate) use builder::PackBuilder;
 pub(crate) use directory::{Directory, SlotEntry};

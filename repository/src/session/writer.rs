@@ -28,9 +28,9 @@ use crate::sink::{ChunkKind, ChunkSink, MAX_CHUNK_BYTES, Put};
 use crate::snapshot::{NewSnapshot, Snapshot};
 use crate::store::StoreError;
 
-/// Bytes that may wait in open packs and uploads. Two open packs take at most 96 MiB of it (32 MiB and one
-/// chunk each), so that a chunk always finds room and nothing waits for ever.
-const BUDGET_BYTES: usize = 144 << 20;
+/// Bytes that may wait in open packs and uploads. The two open packs hold less than 32 MiB each (a fuller one is
+/// uploaded) and a chunk has at most 16 MiB, so that a chunk always finds room and nothing waits for ever.
+const BUDGET_BYTES: usize = 96 << 20;
 /// The semaphore counts in KiB.
 const PERMIT_BYTES: usize = 1 << 10;
 /// After this many packs an index segment is published, so that an aborted long session leaves little to do twice.
