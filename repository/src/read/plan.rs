@@ -8,12 +8,15 @@ use crate::id::PackId;
 const MAX_GAP_BYTES: u64 = 512 << 10;
 /// A read is not made longer than this, so that several in flight fit into memory.
 const MAX_READ_BYTES: u64 = 8 << 20;
+/// Nor than to frames with this many plain bytes: small frames may unfold to much more than they are.
+const MAX_PLAIN_BYTES: u64 = 8 << 20;
 
 /// A frame that somebody wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
     pub(super) pack: PackId,
     pub(super) range: Range<u64>,
+    pub(super) plain_len: u32,
     /// What it is for; several may want the same frame.
     pub(super) number: usize,
 }
@@ -30,17 +33,23 @@ pub(super) struct Read {
 pub(super) fn coalesce(mut wanted: Vec<Wanted>) -> Vec<Read> {
     wanted.sort_by_key(|frame| (frame.pack, frame.range.start));
     let mut reads: Vec<Read> = Vec::new();
+    let mut plain = 0;
     for frame in wanted {
+        plain += u64::from(frame.plain_len);
         match reads.last_mut() {
             Some(read)
                 if read.pack == frame.pack
                     && frame.range.start <= read.range.end + MAX_GAP_BYTES
-                    && frame.range.end.max(read.range.end) - read.range.start <= MAX_READ_BYTES =>
+                    && frame.range.end.max(read.range.end) - read.range.start <= MAX_READ_BYTES
+                    && plain <= MAX_PLAIN_BYTES =>
             {
                 read.range.end = read.range.end.max(frame.range.end);
                 read.frames.push(frame);
             }
-            _ => reads.push(Read { pack: frame.pack, range: frame.range.clone(), frames: vec![frame] }),
+            _ => {
+                plain = u64::from(frame.plain_len);
+                reads.push(Read { pack: frame.pack, range: frame.range.clone(), frames: vec![frame] });
+            }
         }
     }
     reads
@@ -53,7 +62,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn wanted(seq: u32, start: u64, len: u64, number: usize) -> Wanted {
-        Wanted { pack: PackId { session: SessionId([0; 16]), seq }, range: start..start + len, number }
+        let pack = PackId { session: SessionId([0; 16]), seq };
+        Wanted { pack, range: start..start + len, plain_len: u32::try_from(len).unwrap(), number }
+    }
+
+    #[test]
+    fn frames_that_unfold_to_much_do_not_share_a_read() {
+        let frames = (0..4).map(|number| Wanted { plain_len: 5 << 20, ..wanted(1, number * 100, 100, 0) }).collect();
+        assert_eq!(coalesce(frames).len(), 4);
     }
 
     #[test]

@@ -18,8 +18,8 @@ use crate::pack::{SlotEntry, open_frame, pack_key};
 use crate::sink::ChunkSource;
 use crate::store::ByteRange;
 
-/// Reads in flight at once; with 8 MiB each and their plain bytes about 100 MiB.
-const PARALLEL_READS: usize = 6;
+/// Reads in flight at once; with 8 MiB each, sealed and plain, at most 48 MiB.
+const PARALLEL_READS: usize = 3;
 /// Chunks located at once: their directories are fetched side by side.
 const PARALLEL_LOOKUPS: usize = 16;
 /// Chunks planned together: bounds the memory of a plan and of its results.
@@ -198,7 +198,8 @@ impl Reader {
             .enumerate()
             .map(|(number, (_, located))| {
                 let start = u64::from(located.entry.offset);
-                Wanted { pack: located.place.pack, range: start..start + u64::from(located.entry.len), number }
+                let range = start..start + u64::from(located.entry.len);
+                Wanted { pack: located.place.pack, range, plain_len: located.entry.expected.plain_len, number }
             })
             .collect();
         let failed = stream::iter(failed.into_iter().filter_map(Result::err).map(Err));

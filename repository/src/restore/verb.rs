@@ -268,7 +268,9 @@ impl<'a> Queue<'a> {
             self.flush().await?;
         }
         // Planned; a file without bytes is made here.
-        spawn_blocking(move || file.done()).await?;
+        if file.is_last() {
+            spawn_blocking(move || file.finish()).await?;
+        }
         Ok(())
     }
 

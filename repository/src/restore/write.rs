@@ -29,6 +29,8 @@ pub(super) struct OutFile {
     /// Writes that are to come, and one until all of them are planned.
     left: AtomicU64,
     is_lost: AtomicBool,
+    /// The end of what was surely written, so that most files need no call to set their length.
+    written_to: AtomicU64,
 }
 
 enum State {
@@ -52,7 +54,8 @@ impl OutFile {
     pub(super) fn new(target: &Arc<Target>, linked: &Arc<Mutex<LinkedFiles>>, mut entry: Entry) -> Option<Arc<Self>> {
         let Kind::Regular(file) = &mut entry.kind else { return None };
         // The pieces are planned elsewhere and may be large.
-        file.contents = crate::manifest::Contents::Inline(Vec::new());
+        file.contents = crate::manifest::Contents::default();
+        file.page_map = crate::manifest::Contents::default();
         let (size, is_linked) = (file.size, file.linked);
         let is_sparse = file.sparse && target.options.sparse;
         Some(Arc::new(Self {
@@ -65,6 +68,7 @@ impl OutFile {
             file: Mutex::new(State::New),
             left: AtomicU64::new(1),
             is_lost: AtomicBool::new(false),
+            written_to: AtomicU64::new(0),
         }))
     }
 
@@ -73,11 +77,16 @@ impl OutFile {
         self.left.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// One write, or the planning, is over. The last one finishes the file. Blocking.
+    /// One write is over. The last one finishes the file. Blocking.
     pub(super) fn done(&self) {
-        if self.left.fetch_sub(1, Ordering::SeqCst) == 1 {
+        if self.is_last() {
             self.finish();
         }
+    }
+
+    /// One write, or the planning, is over; whether it was the last, so that the file is to be finished.
+    pub(super) fn is_last(&self) -> bool {
+        self.left.fetch_sub(1, Ordering::SeqCst) == 1
     }
 
     /// A part of the content does not come.
@@ -126,16 +135,23 @@ impl OutFile {
         let Some(file) = self.open() else { return };
         self.target.progress.add_bytes(bytes.len() as u64);
         let written = if self.is_sparse { write_sparse(&file, bytes, at) } else { write_all(&file, bytes, at) };
-        if let Err(error) = written {
-            self.lose_by(What::Content, &error.into());
+        match written {
+            // What ends in zeros may have ended before them.
+            Ok(()) if self.is_sparse => {}
+            Ok(()) => {
+                self.written_to.fetch_max(at + bytes.len() as u64, Ordering::SeqCst);
+            }
+            Err(error) => self.lose_by(What::Content, &error.into()),
         }
     }
 
-    fn finish(&self) {
+    /// Finishes the file after its last write. Blocking.
+    pub(super) fn finish(&self) {
         if !self.is_lost.load(Ordering::SeqCst)
             && let Some(file) = self.open()
         {
-            if let Err(error) = ftruncate(&file, self.size) {
+            let is_short = self.written_to.load(Ordering::SeqCst) < self.size;
+            if is_short && let Err(error) = ftruncate(&file, self.size) {
                 self.lose_by(What::Content, &error.into());
             } else {
                 self.target.apply(&file, &self.entry);
