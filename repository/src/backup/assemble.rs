@@ -137,7 +137,8 @@ impl Assembly {
             page_map: Contents::default(),
         });
         let items = vec![Item::Entry(entry, Todo::Read { changed: true, before: None })];
-        for outcome in resolve(Arc::clone(&self.context), items).await? {
+        // Boxed: it is rare, and large with all that reading needs.
+        for outcome in Box::pin(resolve(Arc::clone(&self.context), items)).await? {
             match outcome {
                 Outcome::Done(entry) => {
                     self.lost.insert(to.clone(), Some(path.clone()));

@@ -9,7 +9,7 @@ use super::tests::{Bench, noise};
 use crate::manifest::{Contents, Kind, PAGE_BYTES, Piece, Regular};
 use crate::sink::{ChunkId, ChunkKind, ChunkRef};
 
-const PAGE: usize = PAGE_BYTES as usize;
+const PAGE: usize = 8 << 10;
 
 fn change_page(bench: &Bench, page: u64, seed: u64) {
     let file = OpenOptions::new().write(true).open(bench.path("image")).unwrap();

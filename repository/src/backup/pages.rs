@@ -40,6 +40,11 @@ pub(super) type PageHash = [u8; PAGE_HASH_BYTES];
 /// Stands for pages that no backup hashed; never equal to anything.
 const UNKNOWN: PageHash = [0; PAGE_HASH_BYTES];
 
+/// An offset or length within bytes that are in memory.
+fn within(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
 /// A range of a page map, in bytes of the map.
 #[derive(Debug)]
 pub(super) enum MapPart {
@@ -66,15 +71,14 @@ impl PageMap {
     /// The hashes of the pages that a range of the file touches. Those that it has only a part of are unknown.
     pub(super) fn hash(&self, at: u64, bytes: &[u8]) -> Vec<PageHash> {
         let end = at + bytes.len() as u64;
-        let mut hashes = Vec::with_capacity(bytes.len() / PAGE_BYTES as usize + 2);
+        let mut hashes = Vec::with_capacity(bytes.len() / within(PAGE_BYTES) + 2);
         let mut start = at;
         while start < end {
             let next = (start / PAGE_BYTES + 1) * PAGE_BYTES;
-            let is_whole = start % PAGE_BYTES == 0 && next.min(self.size) <= end;
+            let is_whole = start.is_multiple_of(PAGE_BYTES) && next.min(self.size) <= end;
             let stop = next.min(end);
             hashes.push(if is_whole {
-                // Both lie within `bytes`.
-                let page = &bytes[(start - at) as usize..(stop - at) as usize];
+                let page = &bytes[within(start - at)..within(stop - at)];
                 *blake3::keyed_hash(&self.key, page).as_bytes().first_chunk().unwrap_or(&UNKNOWN)
             } else {
                 UNKNOWN
@@ -86,14 +90,12 @@ impl PageMap {
 
     /// Adds the hashes of a range of the file; ranges come in order.
     pub(super) fn push(&mut self, at: u64, hashes: &[PageHash], parts: &mut Vec<MapPart>) {
-        let mut page = at / PAGE_BYTES;
-        for hash in hashes {
+        for (page, hash) in (at / PAGE_BYTES..).zip(hashes) {
             self.fill_to(page, parts);
             // A page that two ranges have parts of is there already.
             if page == self.done + (self.open.len() / PAGE_HASH_BYTES) as u64 {
                 self.open.extend_from_slice(hash);
             }
-            page += 1;
         }
     }
 
@@ -223,8 +225,7 @@ impl Before {
                 runs.push(Run::Kept(pieces));
             } else {
                 fragments += 1;
-                // Offsets within a window.
-                runs.push(Run::Changed { from: (start - at) as usize, len: (stop - start) as usize });
+                runs.push(Run::Changed { from: within(start - at), len: within(stop - start) });
             }
         }
         (fragments <= MAX_FRAGMENTS).then_some(runs)

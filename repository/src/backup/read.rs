@@ -446,9 +446,9 @@ impl LargeFile {
 
     /// Takes over what did not change of the last `count` bytes, and patches the rest.
     fn keep(&mut self, context: &Context, count: usize, runs: Vec<Run>, batch: &mut Batch) {
-        let kept = runs.iter().filter_map(|run| if let Run::Kept(pieces) = run { Some(pieces) } else { None });
+        let mut kept = runs.iter().filter_map(|run| if let Run::Kept(pieces) = run { Some(pieces) } else { None });
         // What is condemned is stored again.
-        if !kept.fold(true, |all, pieces| context.inherits(pieces) && all) {
+        if !kept.all(|pieces| context.inherits(pieces)) {
             return;
         }
         // A run of new data ends before it.

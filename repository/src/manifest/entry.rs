@@ -76,6 +76,7 @@ pub struct Regular {
 
 impl Regular {
     /// The page map, as if it were a file.
+    #[must_use]
     pub fn page_map_as_file(&self) -> Self {
         let (size, contents) = (page_map_len(self.size), self.page_map.clone());
         Self { size, sparse: false, linked: false, contents, page_map: Contents::default() }

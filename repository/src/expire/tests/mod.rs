@@ -122,14 +122,16 @@ async fn walk(repository: &Repository, snapshot: &Snapshot) -> Vec<ChunkRef> {
     while let Some(entries) = pages.next().await {
         for entry in entries.unwrap() {
             let Kind::Regular(file) = &entry.kind else { continue };
-            if let Contents::Listed(lists) = &file.contents {
-                chunks.extend(lists);
+            for file in [file, &file.page_map_as_file()] {
+                if let Contents::Listed(lists) = &file.contents {
+                    chunks.extend(lists);
+                }
+                let pieces: Vec<_> = manifest.pieces(file).try_concat().await.unwrap();
+                chunks.extend(pieces.into_iter().filter_map(|piece| match piece {
+                    Piece::Data { chunk, .. } => Some(chunk),
+                    Piece::Hole { .. } => None,
+                }));
             }
-            let pieces: Vec<_> = manifest.pieces(file).try_concat().await.unwrap();
-            chunks.extend(pieces.into_iter().filter_map(|piece| match piece {
-                Piece::Data { chunk, .. } => Some(chunk),
-                Piece::Hole { .. } => None,
-            }));
         }
     }
     chunks
