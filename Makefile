@@ -8,7 +8,7 @@ TARGET := x86_64-unknown-linux-gnu
 OUT := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help quickstart test build programs images cluster-up cluster-down \
-        fmt lint tidy unit go-test store-test api-test e2e bench-app codegen
+        fmt lint tidy unit go-test store-test api-test e2e bench bench-app codegen
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -46,6 +46,9 @@ tidy: ## generated files are current, crate edges and documents hold
 
 bench-app: images ## back up and restore a whole application, beside Velero's figures; SCALE=0.01 for a quick run
 	@e2e/bench/app
+
+bench: build ## the repository engine beside other programs on the same data; SIZE=small for a quick run
+	@LIFEBOAT=$(OUT)/release/lifeboat e2e/bench/engine.py
 
 codegen: ## write what is generated
 	cargo xtask codegen

@@ -1,0 +1,119 @@
+"""Makes the data sets of the benchmark, the same bytes on every machine. Writes nothing outside of its folder."""
+
+import os
+import random
+from pathlib import Path
+
+PAGE = 8192
+MIB = 1 << 20
+# size name -> what each set is made of
+SIZES = {
+    "small": {"tree": (6 * MIB, 400), "small": 2_000, "image": 24 * MIB, "noise": 16 * MIB, "sparse": 256 * MIB},
+    "medium": {"tree": (160 * MIB, 11_000), "small": 50_000, "image": 256 * MIB, "noise": 512 * MIB, "sparse": 4096 * MIB},
+    "full": {"tree": (693 * MIB, 46_000), "small": 200_000, "image": 1536 * MIB, "noise": 2048 * MIB, "sparse": 16384 * MIB},
+}
+
+
+def lines(rng: random.Random) -> list[str]:
+    """Lines that look like source code: few words, often used; some names that are rare."""
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz_", k=rng.randint(3, 12))) for _ in range(4000)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    made = []
+    for _ in range(30_000):
+        text = " ".join(rng.choices(words, weights, k=rng.randint(2, 9)))
+        made.append("    " * rng.randint(0, 4) + text + rng.choice([";\n", " {\n", ")\n", ",\n", "\n"]))
+    return made
+
+
+def tree(root: Path, total: int, files: int) -> None:
+    rng = random.Random(1)
+    stock = lines(rng)
+    average = len("".join(stock)) // len(stock)
+    sizes = [int(rng.lognormvariate(8.3, 1.4)) + 40 for _ in range(files)]
+    scale = total / sum(sizes)
+    for number, size in enumerate(sizes):
+        folder = root / f"part{number % 37:02}" / f"module{number // 37 % 83:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(rng.choices(stock, k=max(1, int(size * scale) // average)))
+        (folder / f"file{number:05}.rs").write_text(f"// {number} {rng.random()}\n{text}")
+
+
+def small(root: Path, files: int) -> None:
+    rng = random.Random(2)
+    stock = lines(rng)
+    for number in range(files):
+        folder = root / f"{number // 1000:03}"
+        if number % 1000 == 0:
+            folder.mkdir(parents=True)
+        text = "".join(rng.choices(stock, k=80))[: rng.randint(50, 3000) - 8]
+        (folder / f"{number % 1000:03}.json").write_text(f"{number:07} {text}")
+
+
+def page(rng: random.Random, stock: list[str]) -> bytes:
+    """A page like those of a database: a header, rows of numbers and text, some room at its end."""
+    rows = b"".join(rng.randbytes(24) + line.encode() for line in rng.choices(stock, k=100))
+    return (rng.randbytes(24) + rows)[: PAGE - 800].ljust(PAGE, b"\0")
+
+
+def image(root: Path, size: int) -> None:
+    rng = random.Random(3)
+    stock = lines(rng)
+    root.mkdir()
+    with (root / "disk.img").open("wb") as out:
+        for _ in range(size // PAGE):
+            out.write(page(rng, stock))
+
+
+def change_image(root: Path, round_number: int) -> int:
+    """Changes 1% of the pages in place. Returns the bytes changed."""
+    rng = random.Random(100 + round_number)
+    stock = lines(rng)
+    with (root / "disk.img").open("r+b") as out:
+        pages = os.fstat(out.fileno()).st_size // PAGE
+        chosen = rng.sample(range(pages), max(1, pages // 100))
+        for number in chosen:
+            out.seek(number * PAGE)
+            out.write(page(rng, stock))
+    return len(chosen) * PAGE
+
+
+def noise(root: Path, size: int) -> None:
+    rng = random.Random(4)
+    root.mkdir()
+    with (root / "noise.bin").open("wb") as out:
+        for _ in range(size // (8 * MIB)):
+            out.write(rng.randbytes(8 * MIB))
+
+
+def sparse(root: Path, size: int) -> None:
+    rng = random.Random(5)
+    root.mkdir()
+    with (root / "sparse.img").open("wb") as out:
+        out.truncate(size)
+        for start in range(0, size, 64 * MIB):
+            out.seek(start)
+            out.write(rng.randbytes(MIB // 2))
+
+
+def make(base: Path, size: str) -> dict[str, Path]:
+    """The sets of this size below `base`, made unless they are there."""
+    plan = SIZES[size]
+    makers = {
+        "tree": lambda root: tree(root, *plan["tree"]),
+        "small": lambda root: small(root, plan["small"]),
+        "image": lambda root: image(root, plan["image"]),
+        "noise": lambda root: noise(root, plan["noise"]),
+        "sparse": lambda root: sparse(root, plan["sparse"]),
+    }
+    base.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for name, maker in makers.items():
+        root, done = base / name, base / f".{name}.made"
+        if not done.exists():
+            if root.exists():
+                raise SystemExit(f"{root} is half made: remove it and start again")
+            print(f"making {root}", flush=True)
+            maker(root)
+            done.touch()
+        made[name] = root
+    return made
