@@ -248,6 +248,7 @@ fn volume_failure(facts: &Facts<'_>, volume: &VolumeBackupStatus, now: Timestamp
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     const UID: &str = "11111111-2222-3333-4444-555555555555";
@@ -486,5 +487,53 @@ mod tests {
         assert_eq!(task_name(UID, &volume(0)), task::name('b', UID, "u"));
         assert_ne!(task_name(UID, &volume(0)), task_name(UID, &volume(1)));
         assert_ne!(task_name(UID, &volume(1)), task_name(UID, &volume(2)));
+    }
+
+    fn volumes() -> impl Strategy<Value = Vec<Value>> {
+        let one = (0..4_usize, any::<bool>(), any::<bool>(), 0..4_u32).prop_map(|(method, handle, read, attempt)| {
+            let method = ["Snapshot", "Group", "Live", "Skip"][method];
+            let cut = json!({
+                "driver": "d", "class": "c", "volumeHandle": "v", "storageClass": "s", "size": "1Gi", "readyWithinSeconds": 600,
+                "handle": handle.then_some("h")
+            });
+            json!({
+                "method": method, "attempt": attempt, "snapshot": read.then_some("ab"),
+                "cut": (method != "Live" && method != "Skip").then_some(cut)
+            })
+        });
+        proptest::collection::vec(one, 0..5).prop_map(|mut all| {
+            for (number, volume) in all.iter_mut().enumerate() {
+                volume["claim"] = json!(format!("c{number}"));
+                volume["claimUid"] = json!(format!("c{number}"));
+            }
+            all
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_was_seen_nothing_ends_frozen_or_unread(
+            volumes in volumes(), frozen: bool, failed: bool, is_deleted: bool, lost: bool, minutes in 0..30_u64, on_failure in 0..2_usize,
+        ) {
+            let quiesced = if failed { ("False", "HookFailed") } else if frozen { ("Unknown", "Done") } else { ("True", "Done") };
+            let mut all = status(["Fail", "Continue"][on_failure], Some(quiesced), frozen, false);
+            all["volumes"] = json!(volumes);
+            all["cutStartedAt"] = json!("2026-01-01T00:00:00Z");
+            let mut world = World::new(all);
+            world.is_deleted = is_deleted;
+            world.lost = if lost { vec!["c0".into()] } else { Vec::new() };
+            let step = world.step(&format!("2026-01-01T00:{minutes:02}:00Z"));
+            prop_assert_eq!(&step, &world.step(&format!("2026-01-01T00:{minutes:02}:00Z")), "the same facts, the same step");
+            if frozen {
+                prop_assert!(!matches!(step, Step::Commit | Step::Fail(..) | Step::Clean | Step::Nothing | Step::Expose | Step::Renew(_)), "{:?}", step);
+            }
+            let is_read = |volume: &VolumeBackupStatus| volume.method == VolumeMethod::Skip || volume.snapshot.is_some();
+            if step == Step::Commit {
+                prop_assert!(world.status.volumes.iter().all(is_read));
+            }
+            if step == Step::Expose || step == Step::Commit {
+                prop_assert!(!world.status.volumes.iter().any(is_uncut));
+            }
+        }
     }
 }
