@@ -66,18 +66,19 @@ pub(super) async fn fill(run: &mut Run, context: &Context) -> Result<bool> {
         run.fail(context, reason, message).await?;
         return Ok(true);
     }
-    if run.status.volumes.iter().all(|volume| matches!(volume.phase, Phase::Succeeded | Phase::Partial)) {
-        if !remove_pods(run, context).await? {
-            return Ok(false);
-        }
-        run.set(ConditionType::DataReady, State::True, Reason::Done, "every volume has its data");
-        run.save(context).await?;
-        return Ok(true);
-    }
+    // Written down before the pods go: what is filled or cloned is not mounted again.
     if run.status != before {
         run.save(context).await?;
     }
-    Ok(false)
+    if !run.status.volumes.iter().all(|volume| matches!(volume.phase, Phase::Succeeded | Phase::Partial)) {
+        return Ok(false);
+    }
+    if !remove_pods(run, context).await? {
+        return Ok(false);
+    }
+    run.set(ConditionType::DataReady, State::True, Reason::Done, "every volume has its data");
+    run.save(context).await?;
+    Ok(true)
 }
 
 /// Creates the claims that are still to be made, and notes their UIDs.
@@ -161,12 +162,15 @@ async fn make_claim(
         Ok(made) => Ok(Ok(made.uid().unwrap_or_default())),
         Err(kube::Error::Api(status)) if status.code == 409 => {
             let found = api.get(&name).await.context("cannot read a claim")?;
-            if found.annotations().get(labels::OWNER_UID) == Some(&run.uid) {
+            let found_cloned = found.spec.as_ref().is_some_and(|spec| spec.data_source.is_some());
+            if found.annotations().get(labels::OWNER_UID) == Some(&run.uid) && found_cloned == is_cloned {
                 return Ok(Ok(found.uid().unwrap_or_default()));
             }
             Ok(Err((
                 Reason::VolumeExists,
-                format!("somebody made the claim {name} meanwhile; existing volumes are never overwritten"),
+                format!(
+                    "somebody made the claim {name} meanwhile, or its snapshot went; existing volumes are never overwritten: delete it and restore again"
+                ),
             )))
         }
         Err(kube::Error::Api(status)) => {
