@@ -102,30 +102,31 @@ pub(crate) struct Class {
 /// What a cluster's storage offers.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Storage {
-    pub(crate) snapshot_classes: Vec<Class>,
-    pub(crate) group_classes: Vec<Class>,
+    /// Classes of single snapshots.
+    pub(crate) singles: Vec<Class>,
+    /// Classes of group snapshots.
+    pub(crate) groups: Vec<Class>,
     /// Storage classes: name and driver.
-    pub(crate) storage_classes: Vec<(String, String)>,
+    pub(crate) drivers: Vec<(String, String)>,
 }
 
 impl Storage {
     pub(crate) async fn observe(client: &Client) -> Result<Self> {
-        let snapshot_classes =
+        let singles =
             classes(&Api::all_with(client.clone(), &Kind::Class.resource()), "snapshot.storage.kubernetes.io").await?;
-        let group_classes = match GroupKinds::discover(client).await? {
+        let groups = match GroupKinds::discover(client).await? {
             Some(kinds) => {
                 classes(&Api::all_with(client.clone(), &kinds.class), "groupsnapshot.storage.kubernetes.io").await?
             }
             None => Vec::new(),
         };
-        let storage_classes = Api::<StorageClass>::all(client.clone())
+        let drivers = Api::<StorageClass>::all(client.clone())
             .list(&ListParams::default())
             .await
             .context("cannot list storage classes")?;
-        let mut storage_classes: Vec<_> =
-            storage_classes.into_iter().map(|class| (class.name_any(), class.provisioner)).collect();
-        storage_classes.sort();
-        Ok(Self { snapshot_classes, group_classes, storage_classes })
+        let mut drivers: Vec<_> = drivers.into_iter().map(|class| (class.name_any(), class.provisioner)).collect();
+        drivers.sort();
+        Ok(Self { singles, groups, drivers })
     }
 }
 

@@ -216,11 +216,11 @@ async fn look(run: &Run, kinds: Option<&GroupKinds>, context: &Context) -> Resul
     let mut found = Found::default();
     let singles = run.status.volumes.iter().filter(|volume| is_waiting(volume, VolumeMethod::Snapshot));
     let looks = singles.map(async |volume: &VolumeBackupStatus| {
-        let (snapshot, content) = single(run, &volume.claim, context).await?;
-        Ok::<_, anyhow::Error>((volume.claim.clone(), snapshot, content))
+        let (snapshot, bound) = single(run, &volume.claim, context).await?;
+        Ok::<_, anyhow::Error>((volume.claim.clone(), snapshot, bound))
     });
-    for (claim, snapshot, content) in try_join_all(looks).await? {
-        if let Some(made) = content.as_ref().and_then(|content| made(&content.data["status"], "snapshotHandle")) {
+    for (claim, snapshot, bound) in try_join_all(looks).await? {
+        if let Some(made) = bound.as_ref().and_then(|bound| made(&bound.data["status"], "snapshotHandle")) {
             found.made.insert(claim, made);
         } else if let Some(error) = snapshot.as_ref().and_then(error_of) {
             found.complaints.insert(claim, error.to_owned());
@@ -232,12 +232,12 @@ async fn look(run: &Run, kinds: Option<&GroupKinds>, context: &Context) -> Resul
         let group = kinds.snapshots(&context.client, &run.namespace).get_opt(&name).await;
         let Some(group) = group.context("cannot read a group snapshot")? else { continue };
         let bound = text(&group.data, "/status/boundVolumeGroupSnapshotContentName");
-        let content = if bound.is_empty() {
+        let whole = if bound.is_empty() {
             None
         } else {
             kinds.contents(&context.client).get_opt(bound).await.context("cannot read a group snapshot's content")?
         };
-        let members = content.map(|content| members(&content.data["status"])).unwrap_or_default();
+        let members = whole.map(|whole| members(&whole.data["status"])).unwrap_or_default();
         for claim in claims {
             let volume = run.status.volumes.iter().find(|volume| volume.claim == claim);
             let handle = volume.and_then(|volume| volume.cut.as_ref()).map(|cut| cut.volume_handle.as_str());
@@ -256,13 +256,13 @@ async fn single(run: &Run, claim: &str, context: &Context) -> Result<(Option<Dyn
     let api = storage::snapshots(&context.client, &run.namespace);
     let snapshot = api.get_opt(&snapshot_name(&run.uid, claim)).await.context("cannot read a snapshot")?;
     let bound = snapshot.as_ref().map(|snapshot| text(&snapshot.data, "/status/boundVolumeSnapshotContentName"));
-    let content = match bound.filter(|name| !name.is_empty()) {
+    let made = match bound.filter(|name| !name.is_empty()) {
         Some(name) => {
             storage::contents(&context.client).get_opt(name).await.context("cannot read a snapshot's content")?
         }
         None => None,
     };
-    Ok((snapshot, content))
+    Ok((snapshot, made))
 }
 
 /// A snapshot that exists: it has a handle and a time. Nanoseconds in some versions of the API, a date in others.

@@ -43,7 +43,7 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
     let name = name(run, volume);
     let metadata = owner(run).metadata(&name, &volume.claim);
     let mode = if volume.block { "Block" } else { "Filesystem" };
-    let content = json!({
+    let pointer = json!({
         "metadata": metadata,
         "spec": {
             // The snapshot belongs to the object in the application's namespace; this one only points to it.
@@ -74,7 +74,7 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
         beside_agent: true,
     };
     Ok(Exposure {
-        content: storage::object(Kind::Content, content)?,
+        content: storage::object(Kind::Content, pointer)?,
         snapshot: storage::object(Kind::Snapshot, snapshot)?,
         claim: serde_json::from_value(claim)?,
         pod: holder::pod(context, &hold)?,

@@ -33,7 +33,7 @@ pub(super) fn choose(
         selected.iter().map(|one| volume(plan, one, pods, storage)).collect::<Result<_, Refusal>>()?;
     let is_free: Vec<_> = selected.iter().map(|one| rule(plan, &one.claim).is_none()).collect();
     for class in
-        drivers_with_several(&all, &is_free).iter().filter_map(|driver| class_for(&storage.group_classes, driver, None))
+        drivers_with_several(&all, &is_free).iter().filter_map(|driver| class_for(&storage.groups, driver, None))
     {
         for (status, _) in all.iter_mut().zip(&is_free).filter(|(_, is_free)| **is_free) {
             if let Some(cut) = status.cut.as_mut().filter(|cut| cut.driver == class.driver) {
@@ -175,9 +175,9 @@ fn snapshot(rule: Option<&VolumeRule>, selected: &Selected, storage: &Storage) -
     let driver = &csi.driver;
     let is_group = rule.is_some_and(|rule| rule.method == VolumeMethod::Group);
     let (kind, classes): (_, &[Class]) = if is_group {
-        ("VolumeGroupSnapshotClass", &storage.group_classes)
+        ("VolumeGroupSnapshotClass", &storage.groups)
     } else {
-        ("VolumeSnapshotClass", &storage.snapshot_classes)
+        ("VolumeSnapshotClass", &storage.singles)
     };
     let wanted = rule.and_then(|rule| rule.snapshot_class.as_deref());
     let Some(class) = class_for(classes, driver, wanted) else {
@@ -185,7 +185,7 @@ fn snapshot(rule: Option<&VolumeRule>, selected: &Selected, storage: &Storage) -
         return Err(format!("there is no {kind}{named} for the driver {driver} of the claim {name}"));
     };
     let own = selected.claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_ref());
-    let of_driver = || storage.storage_classes.iter().filter(|(_, provisioner)| provisioner == driver);
+    let of_driver = || storage.drivers.iter().filter(|(_, provisioner)| provisioner == driver);
     let Some((storage_class, _)) = of_driver().find(|(name, _)| Some(name) == own).or_else(|| of_driver().next())
     else {
         return Err(format!(
@@ -267,9 +267,9 @@ mod tests {
 
     fn storage(snapshots: bool, groups: bool) -> Storage {
         Storage {
-            snapshot_classes: snapshots.then(|| class("snap")).into_iter().collect(),
-            group_classes: groups.then(|| class("group")).into_iter().collect(),
-            storage_classes: vec![("fast".into(), DRIVER.into()), ("other".into(), "x".into())],
+            singles: snapshots.then(|| class("snap")).into_iter().collect(),
+            groups: groups.then(|| class("group")).into_iter().collect(),
+            drivers: vec![("fast".into(), DRIVER.into()), ("other".into(), "x".into())],
         }
     }
 
@@ -316,7 +316,7 @@ mod tests {
             ("Group", Some(DRIVER), storage(true, false), "no VolumeGroupSnapshotClass"),
             ("Group", None, storage(true, true), "no CSI driver"),
             ("Snapshot", Some("unknown"), storage(true, true), "driver unknown"),
-            ("Snapshot", Some(DRIVER), Storage { storage_classes: vec![], ..storage(true, true) }, "no StorageClass"),
+            ("Snapshot", Some(DRIVER), Storage { drivers: vec![], ..storage(true, true) }, "no StorageClass"),
         ] {
             let claim = || selected("data", driver, json!({}));
             let refusal = one(json!([{"method": method}]), claim(), &running, &storage).unwrap_err();

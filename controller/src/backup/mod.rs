@@ -194,7 +194,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             }
         }
         Step::Expose => {
-            expose::expose(run, context).await?;
+            Box::pin(expose::expose(run, context)).await?;
             return Ok(Next::Wait(MOUNT_PAUSE));
         }
         Step::Renew(claim) => expose::renew(run, context, &claim).await?,

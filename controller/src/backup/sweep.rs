@@ -216,7 +216,7 @@ async fn patch(api: &Api<DynamicObject>, name: &str, patch: &serde_json::Value) 
 
 /// Removes kept snapshots of the same policy beyond those of the newest backups that its plan keeps.
 async fn retire(run: &Run, primary: &Primary, context: &Context) -> Result<()> {
-    let keep = run.status.plan.as_ref().and_then(|plan| plan.kept_snapshots());
+    let keep = run.status.plan.as_ref().and_then(lifeboat_crds::plan::BackupPlan::kept_snapshots);
     // Backups on demand keep theirs until they are deleted.
     let (Some(keep), Some(policy), true) = (keep, &run.backup.spec.policy_ref, are_kept(run)) else { return Ok(()) };
     let kept = primary.list(&format!("{}={},{}", labels::POLICY, label_value(&policy.name), labels::KEPT)).await?;

@@ -101,18 +101,18 @@ async fn make_claims(run: &mut Run, context: &Context) -> Result<bool> {
         let found =
             objects.iter().find(|captured| captured.resource == claims_resource() && captured.name == volume.claim);
         let object = found.map(|captured| captured.object.clone()).context("the plan was checked for this claim")?;
-        let object = match &volume.clone_of {
-            None => object,
-            Some(name) => match source_of(run, context, name).await? {
-                Some(snapshot) => cloned_form(object, &snapshot),
-                None => {
-                    // It went meanwhile: the repository has the data as well.
-                    run.status.volumes[number].clone_of = None;
-                    object
-                }
-            },
+        let source = match &volume.clone_of {
+            Some(name) => source_of(run, context, name).await?,
+            None => None,
         };
-        let is_cloned = run.status.volumes[number].clone_of.is_some();
+        let object = if let Some(snapshot) = &source {
+            cloned_form(object, snapshot)
+        } else {
+            // Its snapshot may have gone meanwhile: the repository has the data as well.
+            run.status.volumes[number].clone_of = None;
+            object
+        };
+        let is_cloned = source.is_some();
         match make_claim(run, &api, object, &point.id, is_cloned).await? {
             Ok(uid) => run.status.volumes[number].claim_uid = Some(uid),
             Err((reason, message)) => return run.fail(context, reason, message).await.map(|()| true),

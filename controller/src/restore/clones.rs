@@ -39,10 +39,10 @@ pub(super) async fn kept(context: &Context, namespace: &str, backup_uid: &str) -
     let mut kept = BTreeMap::new();
     for snapshot in snapshots.iter().filter(|snapshot| is_usable(snapshot, backup_uid, &groups)) {
         let bound = text(&snapshot.data, "/status/boundVolumeSnapshotContentName");
-        let content =
+        let found =
             storage::contents(&context.client).get_opt(bound).await.context("cannot read a snapshot's content")?;
-        let Some(content) = content else { continue };
-        let driver = text(&content.data, "/spec/driver").to_owned();
+        let Some(found) = found else { continue };
+        let driver = text(&found.data, "/spec/driver").to_owned();
         let claim = text(&snapshot.data, "/spec/source/persistentVolumeClaimName").to_owned();
         kept.insert(claim, Kept { name: snapshot.name_any(), driver });
     }
@@ -62,7 +62,7 @@ fn is_usable(snapshot: &DynamicObject, backup_uid: &str, groups: &BTreeSet<Strin
 /// The snapshot that a captured claim can be cloned from: its storage class must be of the snapshot's driver.
 pub(super) fn fitting<'a>(kept: Option<&'a Kept>, claim: &Value, storage: &Storage) -> Option<&'a Kept> {
     let class = text(claim, "/spec/storageClassName");
-    kept.filter(|kept| storage.storage_classes.iter().any(|(name, driver)| name == class && *driver == kept.driver))
+    kept.filter(|kept| storage.drivers.iter().any(|(name, driver)| name == class && *driver == kept.driver))
 }
 
 /// The claim as it is created when it is cloned. It must not be smaller than the snapshot.
@@ -98,6 +98,7 @@ fn bytes(quantity: &str) -> Option<u128> {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // json!(..) as an argument reads better without a borrow
 mod tests {
     use super::*;
 
@@ -131,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_claim_is_cloned_within_its_driver_and_never_smaller_than_the_snapshot() {
-        let storage = Storage { storage_classes: vec![("fast".into(), "d".into())], ..Storage::default() };
+        let storage = Storage { drivers: vec![("fast".into(), "d".into())], ..Storage::default() };
         let kept = Kept { name: "s".into(), driver: "d".into() };
         let claim = |class: &str, size: &str| json!({"spec": {"storageClassName": class, "resources": {"requests": {"storage": size}}}});
         assert_eq!(fitting(Some(&kept), &claim("fast", "1Gi"), &storage), Some(&kept));
