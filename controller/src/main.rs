@@ -2,7 +2,9 @@
 
 mod account;
 mod backup;
+mod child;
 mod context;
+mod holder;
 mod hooks;
 mod lease;
 mod metrics;
@@ -13,6 +15,7 @@ mod related;
 mod repository;
 mod restore;
 mod scope;
+mod storage;
 mod task;
 
 use std::net::SocketAddr;

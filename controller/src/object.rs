@@ -47,6 +47,7 @@ const NEVER: &[(&str, &str)] = &[
     ("volumetasks", "lifeboat.dev"),
     ("quiesceleases", "lifeboat.dev"),
     ("volumesnapshots", "snapshot.storage.k8s.io"),
+    ("volumegroupsnapshots", "groupsnapshot.storage.k8s.io"),
     ("csistoragecapacities", "storage.k8s.io"),
     ("podcertificaterequests", "certificates.k8s.io"),
 ];
@@ -142,6 +143,9 @@ pub(crate) fn captured_form(mut object: Value) -> Value {
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         for field in SERVER_METADATA {
             metadata.remove(*field);
+        }
+        if let Some(labels) = metadata.get_mut("labels").and_then(Value::as_object_mut) {
+            labels.retain(|key, _| !key.starts_with(lifeboat_crds::labels::GROUP_PREFIX));
         }
         if let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) {
             annotations.remove("kubectl.kubernetes.io/last-applied-configuration");

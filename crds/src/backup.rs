@@ -76,10 +76,12 @@ pub enum Phase {
 /// What a backup's content may be relied upon for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Consistency {
-    /// The policy's quiesce steps held the application at rest from before the first byte was read until after the last.
+    /// The policy's quiesce steps held the application at rest from before the first volume was cut or read until after the last.
     Application,
-    /// One point in time, as after a power cut.
+    /// All volumes show the same instant, as after a power cut: one snapshot, or one group snapshot.
     Crash,
+    /// Each volume shows one instant, but not all the same.
+    CrashPerVolume,
     /// Files were read one after the other while the application ran.
     None,
 }
@@ -94,7 +96,7 @@ pub struct BackupStatus {
     /// How far it is; derived from the conditions.
     #[serde(default)]
     pub phase: Phase,
-    /// `Resolved`, `Quiesced`, `Captured`, `Succeeded`.
+    /// `Resolved`, `Quiesced`, `Cut`, `Captured`, `Succeeded`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When work began.
@@ -118,6 +120,12 @@ pub struct BackupStatus {
     /// The freeze: what was frozen, since when, until when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesce: Option<QuiesceStatus>,
+    /// The moment before the first snapshot was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_started_at: Option<Time>,
+    /// How long it took until the last snapshot was made, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_millis: Option<u64>,
     /// The captured objects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objects: Option<ObjectsStatus>,
@@ -231,6 +239,18 @@ pub struct VolumeBackupStatus {
     pub volume: Option<String>,
     /// How it is read.
     pub method: VolumeMethod,
+    /// Why it is not read as the plan asks for or as its driver would allow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+    /// Whether it is a raw block device, read as one image.
+    #[serde(default)]
+    pub block: bool,
+    /// The snapshot that it is read from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<VolumeCut>,
+    /// How often the snapshot was mounted anew, because the node of its pod was lost.
+    #[serde(default)]
+    pub attempt: u32,
     /// The pod whose mount is read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
@@ -258,6 +278,30 @@ pub struct VolumeBackupStatus {
     /// Why it failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+}
+
+/// A snapshot of a volume on its storage.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeCut {
+    /// The CSI driver.
+    pub driver: String,
+    /// The `VolumeSnapshotClass` or `VolumeGroupSnapshotClass`.
+    pub class: String,
+    /// The driver's name of the volume.
+    pub volume_handle: String,
+    /// The storage class in which the snapshot is made readable.
+    pub storage_class: String,
+    /// The size of the volume, as a quantity.
+    pub size: String,
+    /// The longest time until it can be read, in seconds.
+    pub ready_within_seconds: u64,
+    /// The driver's name of the snapshot. Set when the snapshot is made, never before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handle: Option<String>,
+    /// When it was made, by the storage's clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_at: Option<Time>,
 }
 
 /// Figures of a transfer between a volume and a repository.

@@ -41,6 +41,8 @@ names! {
         Resolved,
         /// `Backup`: the application was quiesced and has been thawed again. `False` with a reason when a step failed.
         Quiesced,
+        /// `Backup`: every snapshot is made on the storage. From then on the application need not rest any more.
+        Cut,
         /// `Backup`: the objects are captured and every volume has been read.
         Captured,
         /// `Restore`: source found and everything to be restored is listed.
@@ -128,6 +130,12 @@ names! {
         VolumeUnsupported,
         /// The claim is not bound, is being deleted or is gone.
         VolumeUnavailable,
+        /// The driver of the volume has no snapshots of the wanted kind, or there is no class for them.
+        NoSnapshotClass,
+        /// The storage did not make a snapshot.
+        SnapshotFailed,
+        /// The snapshot was made, but could not be mounted and read in time.
+        SnapshotNotReady,
         /// A quiesce step failed.
         HookFailed,
         /// A quiesce step did not end by its deadline.

@@ -47,6 +47,12 @@ pub mod labels {
     pub const OWNER: &str = "lifeboat.dev/owner";
     /// On a `VolumeTask` and a restore pod: the name of the persistent volume claim (shortened to a label's length).
     pub const CLAIM: &str = "lifeboat.dev/claim";
+    /// On a child object: the full name of the claim that it belongs to. An annotation.
+    pub const CLAIM_NAME: &str = "lifeboat.dev/claim-name";
+    /// What the labels begin with by which a group snapshot selects its claims; the backup's UID follows. They are taken away again.
+    pub const GROUP_PREFIX: &str = "lifeboat.dev/group-";
+    /// On a snapshot that stays on the storage after its backup ended.
+    pub const KEPT: &str = "lifeboat.dev/kept";
     /// On a scheduled `Backup`: the time that it was due, RFC 3339. An annotation.
     pub const SCHEDULED_AT: &str = "lifeboat.dev/scheduled-at";
     /// On restored objects: the id of the recovery point that they came from. An annotation.

@@ -16,15 +16,18 @@ pub struct BackupPlan {
     /// Which objects and claims of the namespace. Default: all.
     #[serde(default)]
     pub scope: Scope,
-    /// How claims are read. The first rule that matches decides; claims that no rule matches are read `Live`.
+    /// How claims are read. The first rule that matches decides. Claims that no rule matches are read from a group snapshot
+    /// where their driver has them and several claims are covered, else from a snapshot, else `Live`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     pub volumes: Vec<VolumeRule>,
     /// How the application is brought to rest while its volumes are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesce: Option<Quiesce>,
-    /// Where the backup goes.
-    #[schemars(length(min = 1, max = 1))]
+    /// Where the backup goes: one repository, and the primary storage if its snapshots are to be kept.
+    #[schemars(length(min = 1, max = 2))]
+    #[x_kube(validation = Rule::new("self.exists_one(t, has(t.repository))").message("write exactly one tier with repository"),
+        validation = Rule::new("self.filter(t, has(t.snapshot)).size() <= 1").message("write at most one tier with snapshot"))]
     pub tiers: Vec<Tier>,
 }
 
@@ -95,12 +98,26 @@ fn yes() -> bool {
 /// How some claims are read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.method in ['Snapshot', 'Group'] || !(has(self.snapshotClass) || has(self.readyWithin))")
+    .message("snapshotClass and readyWithin belong to the methods Snapshot and Group"))]
 pub struct VolumeRule {
     /// Which claims. All given fields must match; none given matches every claim.
     #[serde(default, rename = "match")]
     pub matching: VolumeMatch,
     /// How they are read.
     pub method: VolumeMethod,
+    /// What happens when the claim's driver has no snapshots of the wanted kind.
+    #[serde(default)]
+    pub fallback: Fallback,
+    /// The `VolumeSnapshotClass` (with `Group` the `VolumeGroupSnapshotClass`). Default: the driver's default class, else its
+    /// first by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub snapshot_class: Option<String>,
+    /// The longest time from the cut until the snapshot can be read. Default: `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("readyWithin must be longer than zero, such as 30m"))]
+    pub ready_within: Option<DurationString>,
 }
 
 /// Selects claims.
@@ -121,13 +138,33 @@ pub struct VolumeMatch {
 }
 
 /// How a volume is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum VolumeMethod {
+    /// From a CSI snapshot that is cut between the freeze and the thaw.
+    Snapshot,
+    /// From a CSI group snapshot: all volumes of it show the same instant, with or without a freeze.
+    Group,
     /// From the directory in which a running pod has it mounted, between the freeze and the thaw.
-    #[default]
     Live,
     /// Not at all. The claim's object is still captured.
     Skip,
+}
+
+impl VolumeMethod {
+    /// Whether the volume is read from a snapshot of its storage.
+    pub fn is_snapshot(self) -> bool {
+        matches!(self, Self::Snapshot | Self::Group)
+    }
+}
+
+/// What happens when a driver has no snapshots of the wanted kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Fallback {
+    /// The backup fails.
+    #[default]
+    Fail,
+    /// The volume is read `Live`, and the backup's status says so.
+    Live,
 }
 
 /// How an application is brought to rest.
@@ -241,8 +278,27 @@ pub enum OnQuiesceFailure {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Tier {
+    /// The snapshots on the storage itself: restored within seconds, and lost with the storage or the namespace.
+    Snapshot(SnapshotTier),
     /// A deduplicating repository.
     Repository(RepositoryTier),
+}
+
+/// Snapshots that stay on the storage after they were read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotTier {
+    /// How many are kept.
+    pub keep: SnapshotKeep,
+}
+
+/// Which snapshots are kept on the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotKeep {
+    /// Those of this many backups, the newest of the policy.
+    #[schemars(range(min = 1, max = 64))]
+    pub last: u32,
 }
 
 /// A deduplicating repository as a place for backups.
@@ -266,7 +322,18 @@ pub struct RepositoryRef {
 impl BackupPlan {
     /// The repository that the backup goes to.
     pub fn repository(&self) -> Option<&RepositoryRef> {
-        self.tiers.iter().map(|Tier::Repository(tier)| &tier.reference).next()
+        self.tiers.iter().find_map(|tier| match tier {
+            Tier::Repository(tier) => Some(&tier.reference),
+            Tier::Snapshot(_) => None,
+        })
+    }
+
+    /// Which snapshots stay on the storage; `None`: they are removed once they were read.
+    pub fn kept_snapshots(&self) -> Option<SnapshotKeep> {
+        self.tiers.iter().find_map(|tier| match tier {
+            Tier::Snapshot(tier) => Some(tier.keep),
+            Tier::Repository(_) => None,
+        })
     }
 }
 

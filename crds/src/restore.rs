@@ -177,6 +177,10 @@ pub struct VolumeRestoreStatus {
     pub claim: String,
     /// The id of the snapshot in the repository.
     pub snapshot: String,
+    /// The `VolumeSnapshot` of this namespace that the claim is cloned from, when the storage still has it. Else it is filled from
+    /// the repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<String>,
     /// The UID of the claim that was created. Set at creation, so that a claim that somebody else made is never written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim_uid: Option<String>,

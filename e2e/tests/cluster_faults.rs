@@ -16,7 +16,9 @@ const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i b
 
 /// Starts a backup of a large volume, waits until an agent is in the middle of it, and holds the store so that it stays there.
 async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHeld)> {
-    s.start_backup(name, serde_json::json!({"plan": s.plan()})).await?;
+    let mut plan = s.plan();
+    plan["volumes"] = serde_json::json!([{"method": "Live"}]);
+    s.start_backup(name, serde_json::json!({"plan": plan})).await?;
     let api: kube::Api<VolumeTask> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
     let mut found = None;
     s.eventually("an agent in the middle of the volume", async || {

@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 fn plan_with(s: &Scenario, quiesce: &Value) -> Value {
     let mut plan = s.plan();
     plan["quiesce"] = quiesce.clone();
+    // The freeze spans the reading, so that there is time for what is tested.
+    plan["volumes"] = json!([{"method": "Live"}]);
     json!({"plan": plan})
 }
 

@@ -114,7 +114,7 @@ fn a_backup_that_cannot_start_says_why() {
 
         s.apply("apiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {name: alone}\nspec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 64Mi}}}\n")?;
         s.kubectl(&["wait", "--for=jsonpath={.status.phase}=Bound", "pvc/alone", "--timeout=60s"])?;
-        s.start_backup("no-pod", plan(&ns, json!({}))).await?;
+        s.start_backup("no-pod", plan(&ns, json!({"volumes": [{"method": "Live"}]}))).await?;
         let (_, message) = s.backup_failed("no-pod", "NoPodForVolume").await?;
         ensure!(message.contains("alone"), "{message}");
         // The way out that the message names works.

@@ -1,10 +1,13 @@
 //! The last step: one recovery point that names all snapshots of the backup. Only then has the backup succeeded.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{Api, ResourceExt};
+use lifeboat_crds::BackupStatus;
 use lifeboat_crds::backup::{Consistency, Phase};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
@@ -34,10 +37,21 @@ impl Run {
 }
 
 /// What the content may be relied upon for.
-fn consistency(run: &Run) -> Consistency {
-    let held = conditions::is_true(&run.status.conditions, ConditionType::Quiesced);
-    // Without a freeze, files were read one after the other while the application ran.
-    if held { Consistency::Application } else { Consistency::None }
+fn consistency(status: &BackupStatus) -> Consistency {
+    if conditions::is_true(&status.conditions, ConditionType::Quiesced) {
+        return Consistency::Application;
+    }
+    let read = || status.volumes.iter().filter(|volume| volume.method != VolumeMethod::Skip);
+    let groups: BTreeSet<_> = read().map(|volume| volume.cut.as_ref().map(|cut| (&cut.driver, &cut.class))).collect();
+    let are_one_group = read().all(|volume| volume.method == VolumeMethod::Group) && groups.len() == 1;
+    if read().next().is_none() || read().any(|volume| !volume.method.is_snapshot()) {
+        // Files were read one after the other while the application ran.
+        Consistency::None
+    } else if are_one_group || read().count() == 1 {
+        Consistency::Crash
+    } else {
+        Consistency::CrashPerVolume
+    }
 }
 
 fn snapshot_id(text: Option<&String>) -> Result<SnapshotId> {
@@ -48,7 +62,7 @@ async fn describe(run: &Run, context: &Context) -> Result<Description> {
     let namespace =
         Api::<Namespace>::all(context.client.clone()).get(&run.namespace).await.context("cannot read the namespace")?;
     let mut volumes = Vec::new();
-    for volume in run.status.volumes.iter().filter(|volume| volume.method == VolumeMethod::Live) {
+    for volume in run.status.volumes.iter().filter(|volume| volume.method != VolumeMethod::Skip) {
         volumes.push(Volume { claim: volume.claim.clone(), snapshot: snapshot_id(volume.snapshot.as_ref())? });
     }
     Ok(Description {
@@ -59,7 +73,7 @@ async fn describe(run: &Run, context: &Context) -> Result<Description> {
         backup: run.name.clone(),
         backup_uid: run.uid.clone(),
         policy: run.backup.spec.policy_ref.as_ref().map(|policy| policy.name.clone()),
-        consistency: consistency(run),
+        consistency: consistency(&run.status),
         freeze_millis: run.status.quiesce.as_ref().and_then(|quiesce| quiesce.freeze_millis),
         objects: snapshot_id(run.status.objects.as_ref().and_then(|objects| objects.snapshot.as_ref()))?,
         volumes,
@@ -199,5 +213,39 @@ mod tests {
         let all = [point("mine", tree), point("other", recovery.clone()), point("mine", recovery)];
         assert_eq!(committed_before(&all, "mine").map(|found| found.id), Some(all[2].id));
         assert!(committed_before(&all[..2], "mine").is_none());
+    }
+
+    #[test]
+    fn the_level_of_consistency_is_what_was_reached_and_never_more() {
+        let status = |quiesced: Option<&str>, volumes: &[(&str, &str)]| -> BackupStatus {
+            let conditions: Vec<_> = quiesced
+                .map(|status| serde_json::json!({"type": "Quiesced", "status": status, "reason": "Done", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}))
+                .into_iter()
+                .collect();
+            let volumes: Vec<_> = volumes
+                .iter()
+                .map(|(method, driver)| {
+                    let cut = serde_json::json!({"driver": driver, "class": "c", "volumeHandle": "v", "storageClass": "s", "size": "1", "readyWithinSeconds": 1});
+                    serde_json::json!({"claim": "x", "claimUid": "x", "method": method, "cut": (!driver.is_empty()).then_some(cut)})
+                })
+                .collect();
+            serde_json::from_value(serde_json::json!({"conditions": conditions, "volumes": volumes})).unwrap()
+        };
+        let group = ("Group", "d");
+        for (quiesced, volumes, level) in [
+            (Some("True"), &[("Live", ""), ("Snapshot", "d")][..], Consistency::Application),
+            (Some("False"), &[group, group], Consistency::Crash),
+            (None, &[group, group], Consistency::Crash),
+            (None, &[group, group, ("Skip", "")], Consistency::Crash),
+            (None, &[("Snapshot", "d")], Consistency::Crash),
+            (None, &[("Snapshot", "d"), ("Snapshot", "d")], Consistency::CrashPerVolume),
+            (None, &[group, ("Group", "other")], Consistency::CrashPerVolume),
+            (None, &[group, ("Snapshot", "d")], Consistency::CrashPerVolume),
+            (None, &[group, ("Live", "")], Consistency::None),
+            (None, &[("Live", "")], Consistency::None),
+            (None, &[], Consistency::None),
+        ] {
+            assert_eq!(consistency(&status(quiesced, volumes)), level, "{quiesced:?} {volumes:?}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `Backup`: resolves a plan, captures objects, freezes, has volumes read, thaws, commits the recovery point.
+//! `Backup`: resolves a plan, captures objects, freezes, cuts snapshots, thaws, has volumes read, commits the recovery point.
 //!
 //! Every step relies only on facts that were written down before it: a controller that starts anywhere in between
 //! reads them and goes on.
@@ -6,9 +6,13 @@
 mod capture;
 mod cluster;
 mod commit;
+mod cut;
 mod decide;
+mod expose;
+mod method;
 mod quiesce;
 mod resolve;
+mod sweep;
 
 pub(crate) use capture::offered as capture_resources;
 
@@ -48,6 +52,10 @@ use crate::task::{self, Order, Standing};
 const TASK_LIMIT: jiff::SignedDuration = jiff::SignedDuration::from_hours(4);
 /// A running backup is looked at again at the latest after this: pods may vanish without a word.
 const LOOK_AGAIN: Duration = Duration::from_secs(3);
+/// While an application may be frozen.
+const SOON: Duration = Duration::from_millis(20);
+/// While snapshots are mounted or their mounts removed, which nothing tells about.
+const MOUNT_PAUSE: Duration = Duration::from_millis(500);
 
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
@@ -132,7 +140,7 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
         if run.status.plan.is_some() && !conditions::is_finished(&run.status.conditions) {
             observe_tasks(&mut run, &tasks);
         }
-        let vanished = vanished_pod(&run, context).await?;
+        let (vanished, lost) = vanished(&run, context).await?;
         let facts = Facts {
             is_deleted: run.backup.metadata.deletion_timestamp.is_some(),
             has_finalizer: run.backup.finalizers().iter().any(|one| one == labels::FINALIZER),
@@ -140,6 +148,7 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
             tasks: &tasks,
             uid: &run.uid,
             vanished,
+            lost,
         };
         let step = next_step(&facts, Timestamp::now());
         match Box::pin(perform(&mut run, step, context)).await? {
@@ -178,19 +187,33 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             }
         }
         Step::StartTasks => start_tasks(run, context).await?,
+        Step::Cut => {
+            if !cut::cut(run, context).await? {
+                // The next look reads the object anew: it may be deleted meanwhile.
+                return Ok(Next::Wait(SOON));
+            }
+        }
+        Step::Expose => {
+            Box::pin(expose::expose(run, context)).await?;
+            return Ok(Next::Wait(MOUNT_PAUSE));
+        }
+        Step::Renew(claim) => expose::renew(run, context, &claim).await?,
         Step::Wait(until) => {
             run.status.phase = Phase::Running;
             if run.backup.status.as_ref() != Some(&run.status) {
                 run.save(context).await?;
             }
             let left = until.and_then(|until| Duration::try_from(until.duration_since(Timestamp::now())).ok());
-            return Ok(Next::Wait(left.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(20), LOOK_AGAIN)));
+            return Ok(Next::Wait(left.unwrap_or(LOOK_AGAIN).clamp(SOON, LOOK_AGAIN)));
         }
         Step::Commit => commit::commit(run, context).await?,
         Step::Fail(reason, message) => run.fail(context, reason, message).await?,
         Step::Clean => {
             quiesce::remove_leases(&run.uid, context).await?;
             task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
+            if !sweep::sweep(run, context).await? {
+                return Ok(Next::Wait(MOUNT_PAUSE));
+            }
             run.backup = set_finalizer(&run.backup, context, false).await?;
             return Ok(Next::Over);
         }
@@ -221,7 +244,7 @@ async fn set_finalizer(backup: &Backup, context: &Context, present: bool) -> Res
 fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
     let now = Timestamp::now();
     for volume in &mut run.status.volumes {
-        let Some(task) = tasks.get(&task::name('b', &run.uid, &volume.claim_uid)) else { continue };
+        let Some(task) = tasks.get(&decide::task_name(&run.uid, volume)) else { continue };
         volume.message = None;
         match task::standing(task, now) {
             Standing::Waiting(message) => volume.message = message,
@@ -253,70 +276,90 @@ fn take_result(volume: &mut VolumeBackupStatus, task: &VolumeTask) {
     volume.skipped_sample.clone_from(&result.skipped_sample);
 }
 
-/// A pod whose volume is being read and that is gone or going: its name.
-async fn vanished_pod(run: &Run, context: &Context) -> Result<Option<String>> {
+/// Pods whose volumes are still to be read and that are gone or going: the first one of the application, and the claims
+/// whose snapshots pods of ours had mounted.
+async fn vanished(run: &Run, context: &Context) -> Result<(Option<String>, Vec<String>)> {
+    let (mut vanished, mut lost) = (None, Vec::new());
     if conditions::is_finished(&run.status.conditions) {
-        return Ok(None);
+        return Ok((vanished, lost));
     }
-    let pods = context.namespaced::<Pod>(&run.namespace);
-    for volume in run.status.volumes.iter().filter(|volume| matches!(volume.phase, Phase::Pending | Phase::Running)) {
-        let (Some(name), VolumeMethod::Live) = (&volume.pod, volume.method) else { continue };
-        let found = pods.get_opt(name).await.context("cannot read a pod")?;
-        let is_there = found.is_some_and(|pod| pod.uid() == volume.pod_uid && resolve::is_readable(&pod));
-        if !is_there {
-            return Ok(Some(name.clone()));
+    let unread = |volume: &&VolumeBackupStatus| matches!(volume.phase, Phase::Pending | Phase::Running);
+    for volume in run.status.volumes.iter().filter(unread) {
+        let Some(name) = &volume.pod else { continue };
+        let is_ours = volume.method.is_snapshot();
+        let namespace = if is_ours { &context.namespace } else { &run.namespace };
+        let found = context.namespaced::<Pod>(namespace).get_opt(name).await.context("cannot read a pod")?;
+        if found.is_some_and(|pod| pod.uid() == volume.pod_uid && resolve::is_readable(&pod)) {
+            continue;
+        }
+        if is_ours {
+            lost.push(volume.claim.clone());
+        } else {
+            vanished.get_or_insert_with(|| name.clone());
         }
     }
-    Ok(None)
+    Ok((vanished, lost))
 }
 
-/// Makes one task a volume that is read live.
-async fn start_tasks(run: &mut Run, context: &Context) -> Result<()> {
+/// What a task that reads a volume is made of. `Err`: why the backup cannot go on.
+async fn order(
+    run: &Run,
+    context: &Context,
+    volume: &VolumeBackupStatus,
+    node: &str,
+    mount: MountedVolume,
+) -> Result<Result<Order, (Reason, String)>> {
     let pinned = run.status.repository.clone().context("no repository is pinned")?;
     let repositories: Api<ClusterRepository> = Api::all(context.client.clone());
     let Some(repository) = repositories.get_opt(&pinned.name).await.context("cannot read the ClusterRepository")?
     else {
-        return run
-            .fail(context, Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))
-            .await;
-    };
-    let access = RepositoryAccess {
-        name: pinned.name,
-        id: pinned.id,
-        backend: repository.spec.backend,
-        encryption_secret: repository.spec.encryption.secret_ref,
+        return Ok(Err((Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))));
     };
     let cluster = context.cluster().await?;
+    let mut tags = run.tags(cluster);
+    tags.insert(tags::CLAIM.to_owned(), volume.claim.clone());
+    Ok(Ok(Order {
+        name: decide::task_name(&run.uid, volume),
+        owner: format!("Backup/{}", run.name),
+        owner_uid: run.uid.clone(),
+        node: node.to_owned(),
+        volume: mount,
+        repository: RepositoryAccess {
+            name: pinned.name,
+            id: pinned.id,
+            backend: repository.spec.backend,
+            encryption_secret: repository.spec.encryption.secret_ref,
+        },
+        operation: Operation::Backup(BackupOperation {
+            lineage: volume_lineage(cluster, &run.namespace, &volume.claim),
+            tags,
+        }),
+        deadline: Timestamp::now() + TASK_LIMIT,
+    }))
+}
+
+/// Makes one task a volume that is read live.
+async fn start_tasks(run: &mut Run, context: &Context) -> Result<()> {
     let api = context.namespaced::<VolumeTask>(&context.namespace);
-    for volume in run.status.volumes.iter().filter(|volume| volume.method == VolumeMethod::Live) {
-        let (Some(node), Some(pod), Some(pod_uid), Some(pv)) =
-            (&volume.node, &volume.pod, &volume.pod_uid, &volume.volume)
+    for number in 0..run.status.volumes.len() {
+        let volume = &run.status.volumes[number];
+        let (VolumeMethod::Live, Some(node), Some(pod), Some(pod_uid), Some(pv)) =
+            (volume.method, &volume.node, &volume.pod, &volume.pod_uid, &volume.volume)
         else {
             continue;
         };
-        let mut tags = run.tags(cluster);
-        tags.insert(tags::CLAIM.to_owned(), volume.claim.clone());
-        let order = Order {
-            name: task::name('b', &run.uid, &volume.claim_uid),
-            owner: format!("Backup/{}", run.name),
-            owner_uid: run.uid.clone(),
-            node: node.clone(),
-            volume: MountedVolume {
-                namespace: run.namespace.clone(),
-                claim: volume.claim.clone(),
-                claim_uid: volume.claim_uid.clone(),
-                volume: pv.clone(),
-                pod: pod.clone(),
-                pod_uid: pod_uid.clone(),
-            },
-            repository: access.clone(),
-            operation: Operation::Backup(BackupOperation {
-                lineage: volume_lineage(cluster, &run.namespace, &volume.claim),
-                tags,
-            }),
-            deadline: Timestamp::now() + TASK_LIMIT,
+        let mount = MountedVolume {
+            namespace: run.namespace.clone(),
+            claim: volume.claim.clone(),
+            claim_uid: volume.claim_uid.clone(),
+            volume: pv.clone(),
+            pod: pod.clone(),
+            pod_uid: pod_uid.clone(),
         };
-        task::create(&api, order).await?;
+        match order(run, context, volume, node, mount).await? {
+            Ok(order) => task::create(&api, order).await?,
+            Err((reason, message)) => return run.fail(context, reason, message).await,
+        }
     }
     info!(volumes = run.status.volumes.len(), "volumes are being read");
     run.status.phase = Phase::Running;

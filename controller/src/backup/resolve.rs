@@ -4,21 +4,23 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use lifeboat_crds::backup::{Phase, PinnedRepository, VolumeBackupStatus};
 use lifeboat_crds::cluster_repository::{AllowedNamespaces, Mode, NamespacesFrom};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
-use lifeboat_crds::plan::{BackupPlan, Scope, VolumeMatch, VolumeMethod, selector_matches};
+use lifeboat_crds::plan::{BackupPlan, Scope, selector_matches};
 use lifeboat_crds::{BackupPolicy, ClusterRepository};
 use tracing::info;
 
+use super::method::{self, Selected};
 use super::{Run, quiesce};
 use crate::context::Context;
 use crate::object::ResourceName;
 use crate::scope::selects;
+use crate::storage::Storage;
 
 /// A backup waits this long for a repository that is not ready.
 const REPOSITORY_PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(5);
@@ -108,91 +110,10 @@ fn is_selected(scope: &Scope, claim: &PersistentVolumeClaim) -> bool {
     selects(scope, &resource, &claim.name_any(), claim.labels())
 }
 
-fn rule_matches(rule: &VolumeMatch, claim: &PersistentVolumeClaim) -> bool {
-    let class = claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_ref());
-    rule.selector.as_ref().is_none_or(|selector| selector_matches(selector, claim.labels()))
-        && rule.storage_class.as_ref().is_none_or(|wanted| class == Some(wanted))
-        && rule.names.as_ref().is_none_or(|names| names.contains(&claim.name_any()))
-}
-
-fn method(plan: &BackupPlan, claim: &PersistentVolumeClaim) -> VolumeMethod {
-    plan.volumes.iter().find(|rule| rule_matches(&rule.matching, claim)).map_or(VolumeMethod::Live, |rule| rule.method)
-}
-
 /// Whether the pod runs and will go on, so that its volumes can be read.
 pub(crate) fn is_readable(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none()
         && pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
-}
-
-/// Whether the pod has the claim mounted.
-fn mounts(pod: &Pod, claim: &str) -> bool {
-    pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|volume| {
-        let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
-        named || (volume.ephemeral.is_some() && format!("{}-{}", pod.name_any(), volume.name) == claim)
-    })
-}
-
-/// How a claim is read, or why it cannot be.
-fn volume(plan: &BackupPlan, claim: &PersistentVolumeClaim, pods: &[Pod]) -> Result<VolumeBackupStatus, Refusal> {
-    let name = claim.name_any();
-    let method = method(plan, claim);
-    let spec = claim.spec.clone().unwrap_or_default();
-    let mut status = VolumeBackupStatus {
-        claim: name.clone(),
-        claim_uid: claim.uid().unwrap_or_default(),
-        volume: spec.volume_name.clone(),
-        method,
-        pod: None,
-        pod_uid: None,
-        node: None,
-        phase: Phase::Pending,
-        snapshot: None,
-        transfer: None,
-        skipped: 0,
-        skipped_sample: Vec::new(),
-        message: None,
-    };
-    if method == VolumeMethod::Skip {
-        status.phase = Phase::Succeeded;
-        status.message = Some("left out by a rule of the plan".into());
-        return Ok(status);
-    }
-    let way_out = "or leave its data out with a rule {match: {names: [..]}, method: Skip}";
-    if claim.metadata.deletion_timestamp.is_some() {
-        return Err(Refusal::new(
-            Reason::VolumeUnavailable,
-            format!("the claim {name} is being deleted; wait for it, {way_out}"),
-        ));
-    }
-    if spec.volume_mode.as_deref() == Some("Block") {
-        return Err(Refusal::new(
-            Reason::VolumeUnsupported,
-            format!(
-                "the claim {name} is a raw block volume, which the method Live cannot read; leave its data out with a rule of method Skip"
-            ),
-        ));
-    }
-    if claim.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Bound") || spec.volume_name.is_none() {
-        return Err(Refusal::new(
-            Reason::VolumeUnavailable,
-            format!("the claim {name} is not bound to a volume; start a pod that uses it, {way_out}"),
-        ));
-    }
-    let mut readers: Vec<_> = pods.iter().filter(|pod| is_readable(pod) && mounts(pod, &name)).collect();
-    readers.sort_by_key(|pod| pod.name_any());
-    let Some(pod) = readers.first() else {
-        return Err(Refusal::new(
-            Reason::NoPodForVolume,
-            format!(
-                "no running pod has the claim {name} mounted, so the method Live has nothing to read; start the pod, {way_out}"
-            ),
-        ));
-    };
-    status.pod = Some(pod.name_any());
-    status.pod_uid = pod.uid();
-    status.node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
-    Ok(status)
 }
 
 async fn volumes(run: &Run, plan: &BackupPlan, context: &Context) -> Result<Result<Vec<VolumeBackupStatus>, Refusal>> {
@@ -207,7 +128,21 @@ async fn volumes(run: &Run, plan: &BackupPlan, context: &Context) -> Result<Resu
     // Claims of restore pods are Lifeboat's own until the restore has ended.
     claims.retain(|claim| claim.labels().get(crate::object::MANAGED_BY).is_none_or(|by| by != "lifeboat"));
     claims.sort_by_key(ResourceExt::name_any);
-    Ok(claims.iter().map(|claim| volume(plan, claim, &pods)).collect())
+    let persistent = Api::<PersistentVolume>::all(context.client.clone());
+    let mut selected = Vec::new();
+    for claim in claims {
+        let name = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
+        let volume = match name {
+            Some(name) => persistent.get_opt(&name).await.context("cannot read a persistent volume")?,
+            None => None,
+        };
+        selected.push(Selected { claim, volume });
+    }
+    if selected.is_empty() {
+        return Ok(Ok(Vec::new()));
+    }
+    let storage = Storage::observe(&context.client).await?;
+    Ok(method::choose(plan, &selected, &pods, &storage))
 }
 
 /// Pins what the backup covers. `Some`: wait this long and try again.
@@ -279,55 +214,10 @@ mod tests {
         serde_json::from_value(claim).unwrap()
     }
 
-    fn pod(phase: &str, claim: &str) -> Pod {
-        serde_json::from_value(json!({
-            "metadata": {"name": "db-0", "uid": "p"},
-            "spec": {"nodeName": "n1", "containers": [], "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": claim}}]},
-            "status": {"phase": phase}
-        }))
-        .unwrap()
-    }
-
     fn plan(more: Value) -> BackupPlan {
         let mut plan = json!({"tiers": [{"repository": {"ref": {"name": "r"}}}]});
         plan.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         serde_json::from_value(plan).unwrap()
-    }
-
-    #[test]
-    fn a_mounted_claim_is_read_where_its_pod_runs() {
-        let found = volume(
-            &plan(json!({})),
-            &claim(json!({})),
-            &[pod("Pending", "data"), pod("Running", "other"), pod("Running", "data")],
-        )
-        .unwrap();
-        assert_eq!(
-            (found.node.as_deref(), found.pod_uid.as_deref(), found.volume.as_deref()),
-            (Some("n1"), Some("p"), Some("pv"))
-        );
-    }
-
-    #[test]
-    fn claims_that_cannot_be_read_are_refused_with_the_way_out() {
-        let running = [pod("Running", "data")];
-        let everything = plan(json!({}));
-        for (claim, pods, reason) in [
-            (claim(json!({})), &[][..], Reason::NoPodForVolume),
-            (claim(json!({})), &[pod("Pending", "data")][..], Reason::NoPodForVolume),
-            (claim(json!({"/status": {"phase": "Pending"}})), &running[..], Reason::VolumeUnavailable),
-            (
-                claim(json!({"/spec": {"volumeName": "pv", "volumeMode": "Block"}})),
-                &running[..],
-                Reason::VolumeUnsupported,
-            ),
-        ] {
-            let refusal = volume(&everything, &claim, pods).unwrap_err();
-            assert_eq!(refusal.reason, reason);
-            assert!(refusal.message.contains("data") && refusal.message.contains("Skip"), "{}", refusal.message);
-        }
-        let skipping = plan(json!({"volumes": [{"match": {"storageClass": "fast"}, "method": "Skip"}]}));
-        assert_eq!(volume(&skipping, &claim(json!({})), &[]).unwrap().method, VolumeMethod::Skip);
     }
 
     #[test]

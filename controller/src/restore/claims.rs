@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use lifeboat_crds::backup::Phase;
 use lifeboat_crds::conditions::{ConditionType, Reason, State};
@@ -12,18 +12,24 @@ use lifeboat_crds::volume_task::{MountedVolume, Operation, RepositoryAccess, Res
 use lifeboat_crds::{ClusterRepository, VolumeTask, labels};
 use lifeboat_process::access::AccessError;
 use lifeboat_repository::repository::Repository;
-use serde_json::json;
 use tracing::info;
 
 use super::Run;
+use super::clones::cloned_form;
 use super::plan::{Captured, captured};
+use crate::child::Owner;
 use crate::context::Context;
-use crate::object::{MANAGED_BY, ResourceName, restored_form};
+use crate::holder::{self, Hold};
+use crate::object::{ResourceName, restored_form};
 use crate::recovery_point::Description;
-use crate::task::{self, Order, Standing, label_value};
+use crate::storage;
+use crate::task::{self, Order, Standing};
 
 /// A volume's task ends by then.
 const TASK_LIMIT: jiff::SignedDuration = jiff::SignedDuration::from_hours(12);
+
+/// A clone must be mounted within this time.
+const CLONE_LIMIT: jiff::SignedDuration = jiff::SignedDuration::from_mins(30);
 
 /// Why a step is refused.
 type Refused = (Reason, String);
@@ -47,6 +53,7 @@ pub(super) async fn fill(run: &mut Run, context: &Context) -> Result<bool> {
     for number in 0..run.status.volumes.len() {
         let volume = run.status.volumes[number].clone();
         let filled = match tasks.get(&task::name('r', &run.uid, &volume.claim)) {
+            None if volume.phase == Phase::Succeeded => continue,
             None => begin(run, context, volume).await?,
             Some(task) => observe(volume, task),
         };
@@ -59,18 +66,19 @@ pub(super) async fn fill(run: &mut Run, context: &Context) -> Result<bool> {
         run.fail(context, reason, message).await?;
         return Ok(true);
     }
-    if run.status.volumes.iter().all(|volume| matches!(volume.phase, Phase::Succeeded | Phase::Partial)) {
-        if !remove_pods(run, context).await? {
-            return Ok(false);
-        }
-        run.set(ConditionType::DataReady, State::True, Reason::Done, "every volume has its data");
-        run.save(context).await?;
-        return Ok(true);
-    }
+    // Written down before the pods go: what is filled or cloned is not mounted again.
     if run.status != before {
         run.save(context).await?;
     }
-    Ok(false)
+    if !run.status.volumes.iter().all(|volume| matches!(volume.phase, Phase::Succeeded | Phase::Partial)) {
+        return Ok(false);
+    }
+    if !remove_pods(run, context).await? {
+        return Ok(false);
+    }
+    run.set(ConditionType::DataReady, State::True, Reason::Done, "every volume has its data");
+    run.save(context).await?;
+    Ok(true)
 }
 
 /// Creates the claims that are still to be made, and notes their UIDs.
@@ -93,13 +101,31 @@ async fn make_claims(run: &mut Run, context: &Context) -> Result<bool> {
         let found =
             objects.iter().find(|captured| captured.resource == claims_resource() && captured.name == volume.claim);
         let object = found.map(|captured| captured.object.clone()).context("the plan was checked for this claim")?;
-        match make_claim(run, &api, object, &point.id).await? {
+        let source = match &volume.clone_of {
+            Some(name) => source_of(run, context, name).await?,
+            None => None,
+        };
+        let object = if let Some(snapshot) = &source {
+            cloned_form(object, snapshot)
+        } else {
+            // Its snapshot may have gone meanwhile: the repository has the data as well.
+            run.status.volumes[number].clone_of = None;
+            object
+        };
+        let is_cloned = source.is_some();
+        match make_claim(run, &api, object, &point.id, is_cloned).await? {
             Ok(uid) => run.status.volumes[number].claim_uid = Some(uid),
             Err((reason, message)) => return run.fail(context, reason, message).await.map(|()| true),
         }
         run.save(context).await?;
     }
     Ok(false)
+}
+
+/// The snapshot that a claim is to be cloned from, if it is still there.
+async fn source_of(run: &Run, context: &Context, name: &str) -> Result<Option<DynamicObject>> {
+    let found = storage::snapshots(&context.client, &run.namespace).get_opt(name).await;
+    Ok(found.context("cannot read a snapshot")?.filter(|snapshot| snapshot.metadata.deletion_timestamp.is_none()))
 }
 
 /// The objects of the pinned recovery point.
@@ -118,8 +144,13 @@ async fn make_claim(
     api: &Api<PersistentVolumeClaim>,
     object: serde_json::Value,
     point: &str,
+    is_cloned: bool,
 ) -> Result<Result<String, Refused>> {
+    let source = object.pointer("/spec/dataSource").filter(|_| is_cloned).cloned();
     let mut object = restored_form(&claims_resource(), object, &run.namespace, point);
+    if let Some(source) = source {
+        object["spec"]["dataSource"] = source;
+    }
     // A restart of the controller knows its own claim again by this.
     object["metadata"]["annotations"][labels::OWNER_UID] = run.uid.clone().into();
     let claim: PersistentVolumeClaim = match serde_json::from_value(object) {
@@ -131,12 +162,15 @@ async fn make_claim(
         Ok(made) => Ok(Ok(made.uid().unwrap_or_default())),
         Err(kube::Error::Api(status)) if status.code == 409 => {
             let found = api.get(&name).await.context("cannot read a claim")?;
-            if found.annotations().get(labels::OWNER_UID) == Some(&run.uid) {
+            let found_cloned = found.spec.as_ref().is_some_and(|spec| spec.data_source.is_some());
+            if found.annotations().get(labels::OWNER_UID) == Some(&run.uid) && found_cloned == is_cloned {
                 return Ok(Ok(found.uid().unwrap_or_default()));
             }
             Ok(Err((
                 Reason::VolumeExists,
-                format!("somebody made the claim {name} meanwhile; existing volumes are never overwritten"),
+                format!(
+                    "somebody made the claim {name} meanwhile, or its snapshot went; existing volumes are never overwritten: delete it and restore again"
+                ),
             )))
         }
         Err(kube::Error::Api(status)) => {
@@ -163,7 +197,8 @@ async fn begin(
     let pods = context.namespaced::<Pod>(&run.namespace);
     let name = pod_name(run, &volume.claim);
     let Some(pod) = pods.get_opt(&name).await.context("cannot read a pod")? else {
-        return match pods.create(&PostParams::default(), &holder(run, context, &name, &volume.claim)?).await {
+        return match pods.create(&PostParams::default(), &holder::pod(context, &hold(run, &name, &volume.claim))?).await
+        {
             Ok(_) => Ok(Ok(volume)),
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(Ok(volume)),
             Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => Ok(Err((
@@ -177,9 +212,18 @@ async fn begin(
     let phase = pod.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
     let pv = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
     let (Some(node), Some(pv), "Running") = (&node, &pv, phase.as_str()) else {
+        if let Some(refused) = overdue_clone(run, &volume) {
+            return Ok(Err(refused));
+        }
         volume.message = Some(format!("waiting for the pod {name} to mount the claim; it is {phase}"));
         return Ok(Ok(volume));
     };
+    if volume.clone_of.is_some() {
+        // The storage copied the data before the claim could be mounted.
+        info!(claim = volume.claim, "the volume is cloned");
+        (volume.node, volume.phase, volume.message) = (Some(node.clone()), Phase::Succeeded, None);
+        return Ok(Ok(volume));
+    }
     let object = match run.open_repository(context).await? {
         Ok((_, object)) => object,
         Err(error) => return Ok(Err((error.reason, error.message))),
@@ -190,6 +234,19 @@ async fn begin(
     volume.phase = Phase::Running;
     volume.message = None;
     Ok(Ok(volume))
+}
+
+/// Why a clone that did not come in time is given up.
+fn overdue_clone(run: &Run, volume: &VolumeRestoreStatus) -> Option<Refused> {
+    let snapshot = volume.clone_of.as_ref()?;
+    let since = Timestamp::now().duration_since(run.status.start_time.as_ref()?.0);
+    (since > CLONE_LIMIT).then(|| {
+        let message = format!(
+            "the claim {} was not cloned from the snapshot {snapshot} within {CLONE_LIMIT:#}; look at its events, or delete the claim and the VolumeSnapshot and restore again from the repository",
+            volume.claim
+        );
+        (Reason::SnapshotNotReady, message)
+    })
 }
 
 async fn order(
@@ -227,37 +284,10 @@ async fn order(
     task::create(&context.namespaced(&context.namespace), order).await
 }
 
-/// A pod that only keeps the claim mounted. It fulfils the `restricted` pod security standard and has no token.
-fn holder(run: &Run, context: &Context, name: &str, claim: &str) -> Result<Pod> {
-    Ok(serde_json::from_value(json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": name,
-            "labels": {MANAGED_BY: "lifeboat", labels::OWNER_UID: run.uid, labels::CLAIM: label_value(claim)},
-        },
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": false,
-            "enableServiceLinks": false,
-            "terminationGracePeriodSeconds": 1,
-            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [{
-                "name": "hold",
-                "image": context.image,
-                "imagePullPolicy": context.image_pull_policy,
-                "command": ["/lifeboat-agent", "hold"],
-                "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "32Mi"}},
-                "securityContext": {
-                    "allowPrivilegeEscalation": false,
-                    "readOnlyRootFilesystem": true,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-                "volumeMounts": [{"name": "data", "mountPath": "/data"}],
-            }],
-            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}],
-        },
-    }))?)
+/// A claim that is filled is mounted where its application's pods could run, by a pod of the application's namespace.
+fn hold<'a>(run: &'a Run, pod: &'a str, claim: &'a str) -> Hold<'a> {
+    let owner = Owner { kind: "Restore", name: &run.name, uid: &run.uid };
+    Hold { owner, pod, claim, mounted: claim, read_only: false, beside_agent: false }
 }
 
 /// Takes over what a task says.

@@ -5,6 +5,7 @@
 
 mod apply;
 mod claims;
+mod clones;
 mod cluster;
 mod plan;
 

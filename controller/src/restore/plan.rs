@@ -1,5 +1,6 @@
 //! Which recovery point is brought back, and whether anything stands in its way.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -23,12 +24,13 @@ use lifeboat_repository::tree;
 use serde_json::Value;
 use tracing::info;
 
-use super::Run;
+use super::{Run, clones};
 use crate::backup::refusal::{Refusal, repository as usable_repository, unready_message};
 use crate::context::Context;
 use crate::object::ResourceName;
 use crate::recovery_point::{CLUSTER_FOLDER, Description, tags};
 use crate::restore::apply::Resources;
+use crate::storage::Storage;
 
 /// A restore waits this long for a repository that is not ready.
 const REPOSITORY_PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(5);
@@ -276,7 +278,29 @@ async fn prepare(
         return Ok(Err(refusal));
     }
     info!(recovery_point = %point.id, volumes = description.volumes.len(), objects = objects.len(), "planned");
-    pin(run, context, &repository, source, point, &description).await.map(Ok)
+    let clones = clones(run, context, &description, &objects).await?;
+    pin(run, context, &repository, source, point, &description, &clones).await.map(Ok)
+}
+
+/// The volumes that the storage itself can bring back: the name of the snapshot, by claim.
+async fn clones(
+    run: &Run,
+    context: &Context,
+    description: &Description,
+    objects: &[Captured],
+) -> Result<BTreeMap<String, String>> {
+    let kept = clones::kept(context, &run.namespace, &description.backup_uid).await?;
+    if kept.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let storage = Storage::observe(&context.client).await?;
+    let claims = objects.iter().filter(|captured| captured.resource.plural == "persistentvolumeclaims");
+    Ok(claims
+        .filter_map(|claim| {
+            let found = clones::fitting(kept.get(&claim.name), &claim.object, &storage)?;
+            Some((claim.name.clone(), found.name.clone()))
+        })
+        .collect())
 }
 
 async fn pin(
@@ -286,6 +310,7 @@ async fn pin(
     source: &RepositorySource,
     point: &Snapshot,
     description: &Description,
+    clones: &BTreeMap<String, String>,
 ) -> Result<()> {
     run.status.repository =
         Some(PinnedRepository { name: source.reference.name.clone(), id: repository.id().to_string() });
@@ -300,6 +325,7 @@ async fn pin(
         .map(|volume| VolumeRestoreStatus {
             claim: volume.claim.clone(),
             snapshot: volume.snapshot.to_string(),
+            clone_of: clones.get(&volume.claim).cloned(),
             claim_uid: None,
             node: None,
             phase: Phase::Pending,

@@ -1,0 +1,67 @@
+//! A pod that does nothing but keep a claim mounted, so that an agent finds the volume on the pod's node.
+
+use anyhow::Result;
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+
+use crate::child::Owner;
+use crate::context::Context;
+
+/// What a holder keeps mounted, and where it may run.
+pub(crate) struct Hold<'a> {
+    pub(crate) owner: Owner<'a>,
+    pub(crate) pod: &'a str,
+    /// The claim whose data it is about: of the application.
+    pub(crate) claim: &'a str,
+    /// The claim that is mounted: the same, or the copy of a snapshot.
+    pub(crate) mounted: &'a str,
+    pub(crate) read_only: bool,
+    /// Only beside an agent, and away from a node that fell silent.
+    pub(crate) beside_agent: bool,
+}
+
+/// It fulfils the `restricted` pod security standard and has no token.
+pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
+    let mut spec = json!({
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "terminationGracePeriodSeconds": 1,
+        "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [{
+            "name": "hold",
+            "image": context.image,
+            "imagePullPolicy": context.image_pull_policy,
+            "command": ["/lifeboat-agent", "hold"],
+            "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "32Mi"}},
+            "securityContext": {
+                "allowPrivilegeEscalation": false,
+                "readOnlyRootFilesystem": true,
+                "capabilities": {"drop": ["ALL"]},
+            },
+            "volumeMounts": [{"name": "data", "mountPath": "/data", "readOnly": hold.read_only}],
+        }],
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted, "readOnly": hold.read_only}}],
+    });
+    if hold.beside_agent {
+        spec["affinity"] = beside_agent();
+        spec["tolerations"] = leave_lost_nodes();
+    }
+    let metadata = hold.owner.metadata(hold.pod, hold.claim);
+    Ok(serde_json::from_value(json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))?)
+}
+
+fn beside_agent() -> Value {
+    json!({"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "lifeboat", "app.kubernetes.io/component": "agent"}},
+    }]}})
+}
+
+/// The default is to wait for five minutes; the snapshot can be mounted elsewhere at once.
+fn leave_lost_nodes() -> Value {
+    ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"]
+        .iter()
+        .map(|key| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 10}))
+        .collect()
+}
