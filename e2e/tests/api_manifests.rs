@@ -14,12 +14,15 @@ const S3: &str = "s3: {bucket: backups, credentials: {secretRef: {name: c}}}";
 const TIERS: &str = "tiers: [{repository: {ref: {name: main}}}]";
 
 /// Kind, spec, and what the refusal must say.
-fn refused() -> Vec<(&'static str, String, &'static str)> {
+type Refused = Vec<(&'static str, String, &'static str)>;
+
+fn policy(more: &str) -> String {
+    format!("{{{TIERS}{more}}}")
+}
+
+fn refused_repositories() -> Refused {
     let repository =
         |backend: &str, more: &str| format!("{{backend: {{{backend}}}, encryption: {{secretRef: {{name: k}}}}{more}}}");
-    let policy = |more: &str| format!("{{{TIERS}{more}}}");
-    let quiesce = |step: &str, more: &str| policy(&format!(", quiesce: {{steps: [{step}]{more}}}"));
-    let step = "{selector: {}, exec: {freeze: [a]}}";
     vec![
         ("ClusterRepository", repository("", ""), "spec.backend.s3: Required value"),
         (
@@ -57,6 +60,11 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ),
         ("ClusterRepository", repository(S3, ", mode: WriteOnly"), "mode"),
         ("ClusterRepository", format!("{{backend: {{{S3}}}}}"), "encryption"),
+    ]
+}
+
+fn refused_policies() -> Refused {
+    vec![
         ("BackupPolicy", "{}".to_owned(), "tiers"),
         ("BackupPolicy", "{tiers: []}".to_owned(), "tiers"),
         ("BackupPolicy", "{tiers: [{repository: {ref: {name: ''}}}]}".to_owned(), "tiers[0].repository.ref.name"),
@@ -82,7 +90,26 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
             policy(", scope: {clusterResources: {selector: {}}}"),
             "clusterResources.selector selects among clusterResources.includeResources",
         ),
-        ("BackupPolicy", policy(", volumes: [{match: {}, method: Snapshot}]"), "method"),
+        ("BackupPolicy", policy(", volumes: [{match: {}, method: Copy}]"), "method"),
+        ("BackupPolicy", policy(", retention: {keepLast: 3}"), "retention"),
+        (
+            "BackupPolicy",
+            "{tiers: [{snapshot: {keep: {last: 1}}}]}".to_owned(),
+            "write exactly one tier with repository",
+        ),
+        (
+            "BackupPolicy",
+            policy(", volumes: [{match: {}, method: Live, readyWithin: 5m}]"),
+            "snapshotClass and readyWithin belong to the methods Snapshot and Group",
+        ),
+        ("BackupPolicy", policy(", volumes: [{match: {}, method: Snapshot, readyWithin: 0s}]"), "longer than zero"),
+    ]
+}
+
+fn refused_quiescing() -> Refused {
+    let quiesce = |step: &str, more: &str| policy(&format!(", quiesce: {{steps: [{step}]{more}}}"));
+    let step = "{selector: {}, exec: {freeze: [a]}}";
+    vec![
         ("BackupPolicy", quiesce("{selector: {}, exec: {}}", ""), "write exec.freeze, exec.thaw or both"),
         ("BackupPolicy", quiesce("{selector: {}, exec: {freeze: []}}", ""), "freeze"),
         ("BackupPolicy", quiesce("{selector: {}}", ""), "exactly one of template, exec, hold and fsfreeze"),
@@ -99,7 +126,11 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
         ("BackupPolicy", quiesce(step, ", maxFreeze: 0s"), "maxFreeze must be longer than zero"),
         ("BackupPolicy", quiesce(step, ", maxFreeze: 5 minutes"), "maxFreeze"),
         ("BackupPolicy", quiesce(step, ", onFailure: Ignore"), "onFailure"),
-        ("BackupPolicy", policy(", retention: {keepLast: 3}"), "retention"),
+    ]
+}
+
+fn refused_runs() -> Refused {
+    vec![
         ("Backup", "{}".to_owned(), "exactly one of policyRef and plan"),
         ("Backup", format!("{{policyRef: {{name: p}}, plan: {{{TIERS}}}}}"), "exactly one of policyRef and plan"),
         ("Backup", "{policyRef: {name: ''}}".to_owned(), "policyRef.name"),
@@ -130,7 +161,8 @@ fn refused() -> Vec<(&'static str, String, &'static str)> {
 fn bad_manifests_are_refused_with_what_to_write() -> Result<()> {
     let server = ApiServer::start()?;
     let mut wrong = Vec::new();
-    for (kind, spec, says) in refused() {
+    let all = [refused_repositories(), refused_policies(), refused_quiescing(), refused_runs()];
+    for (kind, spec, says) in all.into_iter().flatten() {
         match server.refusal(&manifest(kind, &spec)) {
             Ok(said) if said.contains(says) => {}
             Ok(said) => wrong.push(format!("{kind} {spec}\n  expected `{says}`\n  found {said}")),
