@@ -130,7 +130,10 @@ spec:
 "
         ))?;
         s.kubectl(&["rollout", "status", "statefulset/web", "--timeout=150s"])?;
-        let backup = s.back_up("all").await?;
+        let mut plan = s.plan();
+        plan["volumes"] = serde_json::json!([{"method": "Live"}]);
+        s.start_backup("all", serde_json::json!({"plan": plan})).await?;
+        let backup = s.backup_succeeded("all").await?;
         let volumes = &backup.status.as_ref().context("status")?.volumes;
         let mut nodes: Vec<_> = volumes.iter().filter_map(|v| v.node.clone()).collect();
         nodes.sort();
