@@ -197,6 +197,13 @@ spec:
         serde_json::json!({"tiers": [{"repository": {"ref": {"name": self.namespace}}}]})
     }
 
+    /// As [`Self::plan`], but volumes are read from the mounts of running pods, whatever snapshots their driver has.
+    pub fn live_plan(&self) -> serde_json::Value {
+        let mut plan = self.plan();
+        plan["volumes"] = serde_json::json!([{"method": "Live"}]);
+        plan
+    }
+
     /// Backs up with the scenario's plan and waits until it has succeeded.
     pub async fn back_up(&self, name: &str) -> Result<Backup> {
         self.start_backup(name, serde_json::json!({"plan": self.plan()})).await?;

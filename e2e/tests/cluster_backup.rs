@@ -130,9 +130,7 @@ spec:
 "
         ))?;
         s.kubectl(&["rollout", "status", "statefulset/web", "--timeout=150s"])?;
-        let mut plan = s.plan();
-        plan["volumes"] = serde_json::json!([{"method": "Live"}]);
-        s.start_backup("all", serde_json::json!({"plan": plan})).await?;
+        s.start_backup("all", serde_json::json!({"plan": s.live_plan()})).await?;
         let backup = s.backup_succeeded("all").await?;
         let volumes = &backup.status.as_ref().context("status")?.volumes;
         let mut nodes: Vec<_> = volumes.iter().filter_map(|v| v.node.clone()).collect();

@@ -16,9 +16,7 @@ const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i b
 
 /// Starts a backup of a large volume, waits until an agent is in the middle of it, and holds the store so that it stays there.
 async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHeld)> {
-    let mut plan = s.plan();
-    plan["volumes"] = serde_json::json!([{"method": "Live"}]);
-    s.start_backup(name, serde_json::json!({"plan": plan})).await?;
+    s.start_backup(name, serde_json::json!({"plan": s.live_plan()})).await?;
     let api: kube::Api<VolumeTask> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
     let mut found = None;
     s.eventually("an agent in the middle of the volume", async || {
@@ -140,7 +138,8 @@ fn a_file_that_shrinks_while_it_is_read_is_named_and_never_half_restored() {
         // Whether it shrinks just then is a matter of luck; a backup that met it quiet is complete and tried again.
         for number in 0..10 {
             let name = format!("b{number}");
-            let backup: Backup = s.back_up(&name).await?;
+            s.start_backup(&name, serde_json::json!({"plan": s.live_plan()})).await?;
+            let backup: Backup = s.backup_succeeded(&name).await?;
             let status = backup.status.context("status")?;
             if status.phase != Phase::Partial {
                 continue;

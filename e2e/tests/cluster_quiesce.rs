@@ -13,10 +13,9 @@ use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, scenar
 use serde_json::{Value, json};
 
 fn plan_with(s: &Scenario, quiesce: &Value) -> Value {
-    let mut plan = s.plan();
-    plan["quiesce"] = quiesce.clone();
     // The freeze spans the reading, so that there is time for what is tested.
-    plan["volumes"] = json!([{"method": "Live"}]);
+    let mut plan = s.live_plan();
+    plan["quiesce"] = quiesce.clone();
     json!({"plan": plan})
 }
 
