@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use lifeboat_repository::share::Share;
 
 /// Everything was done.
 pub(crate) const DONE: u8 = 0;
@@ -15,7 +16,9 @@ pub(crate) const INCOMPLETE: u8 = 3;
 /// Back up, list, restore and check without a cluster.
 ///
 /// A recovery needs this program, the repository's location and its password or key file, and nothing else.
-/// Exit codes: 0 done; 1 failed; 2 wrong arguments; 3 done, but some files could not be read or restored (all are listed).
+///
+/// Exit codes: 0 done; 1 failed, or not done to the end; 2 wrong arguments; 3 done, but some files could not be read or
+/// restored, or damage was found: all of it is listed.
 #[derive(Parser, Debug)]
 #[command(name = "lifeboat", version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -61,14 +64,35 @@ pub(crate) enum Command {
     Snapshots(Snapshots),
     /// List the files of a snapshot
     Ls(Ls),
+    /// Print a file of a snapshot
+    Cat(Cat),
+    /// Show what differs between two snapshots
+    Diff(Diff),
     /// Restore a snapshot into a folder
     Restore(Restore),
-    /// Check the repository
+    /// Show how large the repository is, and what made it so
+    Stats,
+    /// List and change what opens the repository
+    Keys(Keys),
+    /// Check that all snapshots are there and whole
     Check(Check),
     /// Take snapshots off the list, by rules or by name; `expire` gives their space back
     Forget(Forget),
     /// Delete what no snapshot refers to any more, and repack what is mostly dead
     Expire(Expire),
+    /// Read all objects and compare their hashes; needs no password
+    Scrub(Scrub),
+    /// Replace what is damaged from a copy, or let the next backup store it again
+    Heal(Heal),
+    /// Make copies of snapshots in another repository
+    Replicate(Replicate),
+    /// Make the index anew where it is missing or damaged
+    RebuildIndex,
+    /// Print a script that completes commands in a shell
+    Completions(Completions),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(Man),
 }
 
 #[derive(Args, Debug)]
@@ -131,13 +155,163 @@ pub(crate) struct Restore {
     /// With `latest`: the latest of this lineage
     #[arg(long)]
     pub(crate) lineage: Option<String>,
+    /// Only list what would be restored
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Check {
-    /// Read, decrypt and compare all data, not only the structure
+pub(crate) struct Cat {
+    /// A snapshot's id, its first characters, or `latest`
+    pub(crate) snapshot: String,
+    /// The file in the snapshot
+    pub(crate) path: PathBuf,
+    /// With `latest`: the latest of this lineage
     #[arg(long)]
-    pub(crate) read_data: bool,
+    pub(crate) lineage: Option<String>,
+}
+
+/// Each line begins with `+` (new), `-` (gone) or `M` (changed; in what stands behind the path). With --json: one object a line.
+#[derive(Args, Debug)]
+pub(crate) struct Diff {
+    /// The earlier snapshot
+    pub(crate) before: String,
+    /// The later snapshot
+    pub(crate) after: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Keys {
+    #[command(subcommand)]
+    pub(crate) command: KeysCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum KeysCommand {
+    /// List the key slots
+    List,
+    /// Add a password or key file that opens the repository
+    Add(KeysAdd),
+    /// Remove a key slot; never the last one that opens data
+    Remove(KeysRemove),
+    /// Replace the password or key file that opened the repository
+    Change(NewSecret),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct KeysAdd {
+    #[command(flatten)]
+    pub(crate) secret: NewSecret,
+    /// Opens for writing, listing and checking only: no data can be read with it
+    #[arg(long)]
+    pub(crate) writer: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct KeysRemove {
+    /// The slot's name, or its first characters
+    pub(crate) slot: String,
+}
+
+/// The new password or key.
+#[derive(Args, Debug)]
+pub(crate) struct NewSecret {
+    /// The new password, from the environment only
+    #[arg(
+        long = "new-password",
+        id = "new_password",
+        env = "LIFEBOAT_NEW_PASSWORD",
+        hide = true,
+        hide_env_values = true
+    )]
+    pub(crate) password: Option<String>,
+    /// A file whose first line is the new password; or set `LIFEBOAT_NEW_PASSWORD`
+    #[arg(long = "new-password-file", id = "new_password_file", value_name = "FILE")]
+    pub(crate) password_file: Option<PathBuf>,
+    /// A file with the new key of 32 random bytes
+    #[arg(long = "new-key-file", id = "new_key_file", value_name = "FILE", conflicts_with = "new_password_file")]
+    pub(crate) key_file: Option<PathBuf>,
+}
+
+/// Exit code 3 when damage was found.
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// Read, decrypt and compare all data, not only the structure; or a share of it: 1/7 is the next seventh
+    #[arg(long, value_name = "SHARE", num_args = 0..=1, default_missing_value = "1/1", require_equals = true)]
+    pub(crate) read_data: Option<Share>,
+}
+
+/// Exit code 3 when damage was found.
+#[derive(Args, Debug)]
+pub(crate) struct Scrub {
+    /// Only a share of the packs, those after the ones of the last run: 1/7 is a seventh. Needs --cache-dir
+    #[arg(long, value_name = "SHARE", default_value = "1/1")]
+    pub(crate) share: Share,
+}
+
+/// Without a copy, damaged chunks are masked: the next backup that has them stores them again, and earlier snapshots
+/// find them there. Exit code 3 when damage is left.
+#[derive(Args, Debug)]
+pub(crate) struct Heal {
+    /// A copy of this repository's store, as a bucket's replication makes it
+    #[arg(long, value_name = "LOCATION")]
+    pub(crate) from: Option<String>,
+    /// Do not read data: only damage of the structure is found
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Only list what could be done
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// The other repository keeps its own retention: what it let go does not come back unless it is named here.
+#[derive(Args, Debug)]
+pub(crate) struct Replicate {
+    /// The other repository
+    #[arg(long, value_name = "LOCATION")]
+    pub(crate) to: String,
+    /// Its password, from the environment only
+    #[arg(long, env = "LIFEBOAT_TO_PASSWORD", hide = true, hide_env_values = true)]
+    pub(crate) to_password: Option<String>,
+    /// A file whose first line is its password; default: the password or key of this repository
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to_password_file: Option<PathBuf>,
+    /// A file with its key
+    #[arg(long, value_name = "FILE", conflicts_with = "to_password_file")]
+    pub(crate) to_key_file: Option<PathBuf>,
+    /// Make it if it does not exist, with the keys of this repository: then nothing that it has is read again
+    #[arg(long)]
+    pub(crate) init: bool,
+    /// Only these snapshots, also if the other repository let them go
+    #[arg(value_name = "SNAPSHOT")]
+    pub(crate) snapshots: Vec<String>,
+    /// Only this lineage; may be given several times
+    #[arg(long)]
+    pub(crate) lineage: Vec<String>,
+    /// Only with this label; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = tag)]
+    pub(crate) tag: Vec<(String, String)>,
+    /// Only snapshots that are not older, such as `30 days`
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) max_age: Option<jiff::Span>,
+    /// Only so many of each lineage, the newest
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) newest: Option<usize>,
+    /// Only list what would be replicated
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Man {
+    /// The folder to write them into; made if missing
+    pub(crate) folder: PathBuf,
 }
 
 /// Forgotten snapshots disappear from every list at once and cannot be brought back. Their space comes back with

@@ -16,30 +16,44 @@ pub(crate) fn store(global: &Global) -> Result<Arc<dyn Store>> {
     let Some(text) = &global.repository else {
         bail!("no repository given; set LIFEBOAT_REPOSITORY or write --repository LOCATION");
     };
-    let location = Location::parse(text)?;
-    Ok(store::open(&location)?)
+    store_at(text)
+}
+
+/// The store at this location.
+pub(crate) fn store_at(text: &str) -> Result<Arc<dyn Store>> {
+    Ok(store::open(&Location::parse(text)?)?)
 }
 
 /// The password or key that the arguments give.
 pub(crate) fn secret(global: &Global) -> Result<Secret> {
-    if let Some(file) = &global.key_file {
-        let bytes = std::fs::read(file).with_context(|| format!("cannot read the key file {}", file.display()))?;
-        let key: [u8; 32] = bytes.try_into().map_err(|bytes: Vec<u8>| {
-            anyhow::anyhow!(
-                "the key file {} has {} bytes; 32 are needed: head -c 32 /dev/urandom > FILE",
-                file.display(),
-                bytes.len()
-            )
-        })?;
-        return Ok(Secret::key_file(key));
+    let found = secret_from(global.key_file.as_deref(), global.password_file.as_deref(), global.password.as_deref())?;
+    found.context("no password given; set LIFEBOAT_PASSWORD, LIFEBOAT_PASSWORD_FILE or LIFEBOAT_KEY_FILE")
+}
+
+/// A secret by the first of these that is given.
+pub(crate) fn secret_from(
+    key_file: Option<&Path>,
+    password_file: Option<&Path>,
+    password: Option<&str>,
+) -> Result<Option<Secret>> {
+    match (key_file, password_file, password) {
+        (Some(file), _, _) => key_from(file).map(Some),
+        (None, Some(file), _) => password_from(file).map(Some),
+        (None, None, Some(password)) if !password.is_empty() => Ok(Some(Secret::passphrase(password.to_owned()))),
+        _ => Ok(None),
     }
-    if let Some(file) = &global.password_file {
-        return password_from(file);
-    }
-    match &global.password {
-        Some(password) if !password.is_empty() => Ok(Secret::passphrase(password.clone())),
-        _ => bail!("no password given; set LIFEBOAT_PASSWORD, LIFEBOAT_PASSWORD_FILE or LIFEBOAT_KEY_FILE"),
-    }
+}
+
+fn key_from(file: &Path) -> Result<Secret> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read the key file {}", file.display()))?;
+    let key: [u8; 32] = bytes.try_into().map_err(|bytes: Vec<u8>| {
+        anyhow::anyhow!(
+            "the key file {} has {} bytes; 32 are needed: head -c 32 /dev/urandom > FILE",
+            file.display(),
+            bytes.len()
+        )
+    })?;
+    Ok(Secret::key_file(key))
 }
 
 fn password_from(file: &Path) -> Result<Secret> {

@@ -8,11 +8,19 @@ use serde_json::Value;
 
 struct Machine {
     folder: tempfile::TempDir,
+    /// Opens the repository with a key file: without the time that a password takes on purpose.
+    by_key_file: bool,
 }
 
 impl Machine {
     fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        Self { folder: tempfile::tempdir().unwrap(), by_key_file: false }
+    }
+
+    fn by_key_file() -> Self {
+        let machine = Self { by_key_file: true, ..Self::new() };
+        std::fs::write(machine.path("key-file"), [5; 32]).unwrap();
+        machine
     }
 
     fn path(&self, name: &str) -> String {
@@ -22,7 +30,12 @@ impl Machine {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lifeboat"));
         command.env_clear().env("PATH", "/usr/bin:/bin").env("LIFEBOAT_REPOSITORY", self.path("repository"));
-        command.env("LIFEBOAT_PASSWORD", "correct horse").env("LIFEBOAT_CACHE_DIR", self.path("cache")).args(arguments);
+        command.env("LIFEBOAT_CACHE_DIR", self.path("cache")).args(arguments);
+        if self.by_key_file {
+            command.env("LIFEBOAT_KEY_FILE", self.path("key-file"));
+        } else {
+            command.env("LIFEBOAT_PASSWORD", "correct horse");
+        }
         command
     }
 
@@ -212,6 +225,124 @@ fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
     let said = machine.prints(&["expire", "--repack-budget", "0"]);
     assert!(said.contains("2 snapshots live"), "{said}");
     assert!(machine.fails(1, &["forget", "--keep-last", "1", "--time-zone", "Nowhere/Else"]).contains("time zone"));
+}
+
+#[test]
+fn single_files_are_printed_and_snapshots_compared() {
+    let machine = Machine::by_key_file();
+    let source = machine.path("source");
+    write(&source, &[("a", "one"), ("dir/b", "two")]);
+    machine.prints(&["init"]);
+    let first = machine.json(&["--json", "backup", &source]);
+    write(&source, &[("a", "another"), ("new", "new")]);
+    std::fs::remove_file(Path::new(&source).join("dir/b")).unwrap();
+    machine.prints(&["backup", &source]);
+    assert_eq!(machine.prints(&["cat", "latest", "a"]), "another");
+    let id = first["id"].as_str().unwrap();
+    assert_eq!(machine.prints(&["cat", id, "dir/b"]), "two");
+    assert!(machine.fails(1, &["cat", "latest", "dir/b"]).contains("dir/b"));
+    let told = machine.prints(&["diff", id, "latest"]);
+    for line in ["M a  (content, time)", "- dir/b", "+ new", "1 added, 1 removed"] {
+        assert!(told.contains(line), "{told}");
+    }
+    let told = machine.prints(&["diff", id, "latest", "--json"]);
+    let lines: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().any(|line| line["change"] == "removed" && line["before"]["path"] == "dir/b"), "{told}");
+    let listed = machine.prints(&["restore", "latest", &machine.path("x"), "--include", "n*", "--dry-run"]);
+    assert!(
+        listed.contains(" new\n") && listed.contains("1 entries") && !Path::new(&machine.path("x")).exists(),
+        "{listed}"
+    );
+    let stats = machine.json(&["stats", "--json"]);
+    assert_eq!((stats["snapshots"].as_u64(), stats["lineages"][0]["snapshots"].as_u64()), (Some(2), Some(2)));
+    assert!(stats["storedBytes"].as_u64() > stats["packs"]["bytes"].as_u64());
+    assert!(machine.prints(&["stats"]).contains("2 snapshots"));
+}
+
+#[test]
+fn keys_are_added_changed_and_removed() {
+    let machine = Machine::new();
+    machine.prints(&["init"]);
+    let key = machine.path("key");
+    std::fs::write(&key, [9; 32]).unwrap();
+    let with_key = |arguments: &[&str]| {
+        machine.command(arguments).env_remove("LIFEBOAT_PASSWORD").env("LIFEBOAT_KEY_FILE", &key).output().unwrap()
+    };
+    assert!(machine.fails(1, &["keys", "add"]).contains("LIFEBOAT_NEW_PASSWORD"));
+    machine.prints(&["keys", "add", "--new-key-file", &key, "--writer"]);
+    assert!(with_key(&["snapshots"]).status.success());
+    let slots = machine.json(&["keys", "list", "--json"]);
+    let slot = |role: &str| slots.as_array().unwrap().iter().find(|slot| slot["role"] == role).unwrap().clone();
+    assert_eq!((&slot("writer")["kind"], &slot("full")["opened"]), (&"key-file".into(), &true.into()));
+    let full = slot("full")["name"].as_str().unwrap().to_owned();
+    assert!(machine.fails(1, &["keys", "remove", &full]).contains("keys add"));
+    let changed = machine.command(&["keys", "change"]).env("LIFEBOAT_NEW_PASSWORD", "battery").output().unwrap();
+    assert!(changed.status.success());
+    assert!(machine.fails(1, &["snapshots"]).contains("password"));
+    let told = says(&with_key(&["keys", "remove", "0000"]), 1);
+    assert!(told.contains("keys list"), "{told}");
+}
+
+#[test]
+fn damage_is_scrubbed_without_a_password_and_healed_from_a_copy() {
+    let machine = Machine::by_key_file();
+    let source = machine.path("source");
+    write(&source, &[("a", &"content ".repeat(10_000))]);
+    machine.prints(&["init"]);
+    machine.prints(&["backup", &source]);
+    let copied = Command::new("cp").args(["-a", &machine.path("repository"), &machine.path("copy")]).status().unwrap();
+    assert!(copied.success());
+    let scrub = |arguments: &[&str]| machine.command(arguments).env_remove("LIFEBOAT_KEY_FILE").output().unwrap();
+    assert!(scrub(&["scrub"]).status.success());
+    let told =
+        says(&machine.command(&["scrub", "--share", "1/7"]).env_remove("LIFEBOAT_CACHE_DIR").output().unwrap(), 1);
+    assert!(told.contains("--cache-dir"), "{told}");
+    assert!(scrub(&["scrub", "--share", "1/7"]).status.success());
+    for pack in walk(Path::new(&machine.path("repository/p"))) {
+        let mut bytes = std::fs::read(&pack).unwrap();
+        bytes[70] ^= 1;
+        std::fs::write(&pack, bytes).unwrap();
+    }
+    assert_eq!(scrub(&["scrub"]).status.code(), Some(3));
+    let look = machine.run(&["heal", "--from", &machine.path("copy"), "--dry-run", "--json"]);
+    assert_eq!(look.status.code(), Some(3), "{look:?}");
+    let look: Value = serde_json::from_slice(&look.stdout).unwrap();
+    assert_eq!(look["replaced"].as_array().map(Vec::len), Some(2));
+    let healed = machine.json(&["heal", "--from", &machine.path("copy"), "--json"]);
+    assert_eq!(
+        (healed["replaced"].as_array().map(Vec::len), healed["left"].as_array().map(Vec::len)),
+        (Some(2), Some(0))
+    );
+    machine.prints(&["check", "--read-data"]);
+    machine.prints(&["check", "--read-data=1/3"]);
+    assert!(machine.prints(&["rebuild-index"]).contains("0 were not indexed"));
+}
+
+#[test]
+fn snapshots_are_replicated_to_another_place() {
+    let machine = Machine::by_key_file();
+    let (source, other) = (machine.path("source"), machine.path("other"));
+    write(&source, &[("a", "one")]);
+    machine.prints(&["init"]);
+    machine.prints(&["backup", &source]);
+    assert!(machine.fails(1, &["replicate", "--to", &other]).contains("--init"));
+    let report = machine.json(&["replicate", "--to", &other, "--init", "--max-age", "1 day", "--json"]);
+    assert_eq!(report["copied"].as_array().map(Vec::len), Some(1));
+    assert!(machine.prints(&["replicate", "--to", &other]).contains("0 replicated, 1 were there"));
+    let at_other = machine.command(&["cat", "latest", "a"]).env("LIFEBOAT_REPOSITORY", &other).output().unwrap();
+    assert_eq!(at_other.stdout, b"one");
+}
+
+#[test]
+fn shells_and_manuals_know_every_command() {
+    let machine = Machine::by_key_file();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(machine.prints(&["completions", shell]).contains("rebuild-index"), "{shell}");
+    }
+    machine.prints(&["man", &machine.path("man")]);
+    for page in ["lifeboat.1", "lifeboat-backup.1", "lifeboat-keys-add.1"] {
+        assert!(Path::new(&machine.path("man")).join(page).exists(), "{page}");
+    }
 }
 
 fn walk(folder: &Path) -> Vec<std::path::PathBuf> {

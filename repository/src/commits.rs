@@ -90,6 +90,13 @@ impl CommitLog {
 
     /// Reads the decisions and tombstones made since, and leaves out what expired.
     pub(crate) async fn refresh(&self) -> Result<(), CommitLogError> {
+        self.refresh_readable().await?.pop().map_or(Ok(()), Err)
+    }
+
+    /// As [`Self::refresh`], as far as decisions are whole; gives back why the others are not.
+    ///
+    /// For lists and checks. Whatever decides what is deleted must see every commit, and so must not use this.
+    pub(crate) async fn refresh_readable(&self) -> Result<Vec<CommitLogError>, CommitLogError> {
         // Tombstones first: a commit that appears after this listing cannot have an older tombstone that is missed.
         self.refresh_tombstones().await?;
         let listed: Vec<_> = self.store.list(DECISION_PREFIX).try_collect().await?;
@@ -99,7 +106,16 @@ impl CommitLog {
             let new = listed.iter().copied().filter(|session| !known.contains_key(session)).collect();
             (new, known.keys().copied().filter(|session| !listed.contains(session)).collect())
         };
-        at_once(PARALLEL_FETCHES, new.into_iter().map(|session| self.decided(session).boxed()).collect()).await?;
+        let work = new.into_iter().map(|session| {
+            async move {
+                match self.decided(session).await {
+                    Err(error @ CommitLogError::Damaged { .. }) => Ok(Some(error)),
+                    decided => decided.map(|_| None),
+                }
+            }
+            .boxed()
+        });
+        let damaged = at_once(PARALLEL_FETCHES, work.collect()).await?.into_iter().flatten().collect();
         for session in absent {
             // The listing may be stale: asked of the store itself.
             match self.store.size(&decision_key(session)).await {
@@ -108,7 +124,7 @@ impl CommitLog {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        Ok(damaged)
     }
 
     async fn refresh_tombstones(&self) -> Result<(), CommitLogError> {

@@ -10,6 +10,7 @@ use crate::commits::CommitLog;
 use crate::config::Config;
 use crate::directories::Directories;
 use crate::expire::marks::MarkKey;
+use crate::heal::Lost;
 use crate::id::{ChunkId, SessionId};
 use crate::index::Index;
 use crate::keyring::KeyRing;
@@ -25,6 +26,8 @@ pub(crate) struct Engine {
     pub(crate) index: Index,
     pub(crate) directories: Directories,
     pub(crate) commits: CommitLog,
+    /// Chunks that cannot be read any more.
+    pub(crate) lost: Lost,
 }
 
 impl Engine {

@@ -53,12 +53,19 @@ pub(crate) struct KeyRing {
     store: Arc<dyn Store>,
     cache: ObjectCache,
     domain: DomainKeys,
+    /// Key of the slot that opened the repository.
+    slot: String,
     known: Mutex<HashMap<SessionId, Arc<SessionCiphers>>>,
 }
 
 impl KeyRing {
-    pub(crate) fn new(store: Arc<dyn Store>, cache: ObjectCache, domain: DomainKeys) -> Self {
-        Self { store, cache, domain, known: Mutex::default() }
+    pub(crate) fn new(store: Arc<dyn Store>, cache: ObjectCache, domain: DomainKeys, slot: String) -> Self {
+        Self { store, cache, domain, slot, known: Mutex::default() }
+    }
+
+    /// Key of the slot that opened the repository.
+    pub(crate) fn slot(&self) -> &str {
+        &self.slot
     }
 
     pub(crate) fn domain(&self) -> &DomainKeys {

@@ -19,6 +19,13 @@ pub(crate) fn refset_key(snapshot: SnapshotId, version: u32) -> String {
     format!("r/{snapshot}/{version}")
 }
 
+/// The snapshot and the version of a refset's key.
+pub(crate) fn parse_refset_key(key: &str) -> Option<(SnapshotId, u32)> {
+    let (snapshot, version) = key.strip_prefix("r/")?.split_once('/')?;
+    let parsed = (snapshot.parse().ok()?, version.parse().ok()?);
+    (refset_key(parsed.0, parsed.1) == key).then_some(parsed)
+}
+
 /// A set of places.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Refset {
@@ -50,17 +57,28 @@ impl Refset {
         self.sessions.get_mut(&place.pack.session).is_some_and(|set| set.remove(number(place.pack.seq, place.slot)))
     }
 
+    /// Whether a place in this pack is in the set.
+    pub(crate) fn has_pack(&self, pack: PackId) -> bool {
+        let (first, last) = (number(pack.seq, 0), number(pack.seq, u16::MAX));
+        self.sessions.get(&pack.session).is_some_and(|set| set.range_cardinality(first..=last) > 0)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.sessions.values().all(RoaringTreemap::is_empty)
+    }
+
+    /// Number of places.
+    pub(crate) fn len(&self) -> u64 {
+        self.sessions.values().map(RoaringTreemap::len).sum()
+    }
+
     pub(crate) fn has_session(&self, session: SessionId) -> bool {
         self.sessions.get(&session).is_some_and(|set| !set.is_empty())
     }
 
-    /// The slots of each pack, in order.
-    pub(crate) fn packs(&self) -> BTreeMap<PackId, Vec<u16>> {
-        let mut packs = BTreeMap::new();
-        for (session, set) in &self.sessions {
-            packs.extend(grouped(*session, set));
-        }
-        packs
+    /// The slots of each pack, in order, one pack at a time: a set may name more than fits into memory.
+    pub(crate) fn each_pack(&self) -> impl Iterator<Item = (PackId, Vec<u16>)> + '_ {
+        self.sessions.iter().flat_map(|(session, set)| grouped(*session, set))
     }
 
     /// The same of the packs of these sessions only.
@@ -132,18 +150,19 @@ impl Refset {
 }
 
 /// The slots of the packs of one session, pack by pack.
-fn grouped(session: SessionId, set: &RoaringTreemap) -> Vec<(PackId, Vec<u16>)> {
-    let mut packs: Vec<(PackId, Vec<u16>)> = Vec::new();
-    for number in set {
-        // Numbers are 48 bits by construction and by `parse`.
-        let pack = PackId { session, seq: u32::try_from(number >> 16).unwrap_or(u32::MAX) };
-        let slot = u16::try_from(number & 0xffff).unwrap_or(u16::MAX);
-        match packs.last_mut() {
-            Some((last, slots)) if *last == pack => slots.push(slot),
-            _ => packs.push((pack, vec![slot])),
+fn grouped(session: SessionId, set: &RoaringTreemap) -> impl Iterator<Item = (PackId, Vec<u16>)> + '_ {
+    // Numbers are 48 bits by construction and by `parse`.
+    let slot = |number: u64| u16::try_from(number & 0xffff).unwrap_or(u16::MAX);
+    let mut numbers = set.iter().peekable();
+    std::iter::from_fn(move || {
+        let first = numbers.next()?;
+        let mut slots = vec![slot(first)];
+        while let Some(number) = numbers.next_if(|number| number >> 16 == first >> 16) {
+            slots.push(slot(number));
         }
-    }
-    packs
+        let seq = u32::try_from(first >> 16).unwrap_or(u32::MAX);
+        Some((PackId { session, seq }, slots))
+    })
 }
 
 #[cfg(test)]
@@ -165,15 +184,22 @@ mod tests {
             let (found, parsed) = Refset::parse(snapshot, 3, &bytes).unwrap();
             prop_assert_eq!((found, &parsed), (by, &set));
             prop_assert!(Refset::parse(snapshot, 2, &bytes).is_err());
-            for (pack, slots) in set.packs() {
+            for (pack, slots) in set.each_pack() {
                 prop_assert_eq!(set.slots(pack), slots);
-                prop_assert!(set.pack_set().contains(pack));
+                prop_assert!(set.pack_set().contains(pack) && set.has_pack(pack));
             }
-            prop_assert_eq!(set.pack_set().len(), set.packs().len() as u64);
+            prop_assert_eq!(set.pack_set().len(), set.each_pack().count() as u64);
             prop_assert!(places.iter().all(|p| parsed.contains(place(p))));
             let distinct: std::collections::BTreeSet<_> = places.iter().map(place).collect();
-            prop_assert_eq!(parsed.packs().values().map(Vec::len).sum::<usize>(), distinct.len());
+            prop_assert_eq!(parsed.each_pack().map(|(_, slots)| slots.len()).sum::<usize>(), distinct.len());
+            let other = PackId { session: SessionId([9; 16]), seq: 0 };
+            prop_assert!(!parsed.has_pack(other));
+            prop_assert_eq!(parsed.len(), distinct.len() as u64);
+            prop_assert_eq!(parsed.is_empty(), places.is_empty());
             prop_assert!(Refset::parse(SnapshotId::random(), 3, &bytes).is_err());
+            let key = refset_key(snapshot, 3);
+            prop_assert_eq!(parse_refset_key(&key), Some((snapshot, 3)));
+            prop_assert_eq!(parse_refset_key(&key.replace("/3", "/03")), None);
         }
 
         #[test]

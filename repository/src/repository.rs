@@ -14,6 +14,7 @@ use crate::crypto::CryptoError;
 use crate::directories::Directories;
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
+use crate::heal::Lost;
 use crate::id::{RepositoryId, SessionId, SnapshotId};
 use crate::index::Index;
 use crate::keyring::KeyRing;
@@ -59,6 +60,9 @@ pub enum InitError {
     /// The keys cannot be sealed.
     #[error("the keys cannot be sealed")]
     Crypto(#[from] CryptoError),
+    /// A replica by a writer could be read by nobody.
+    #[error("this key can write but not read data; a replica with the same keys needs one that reads")]
+    NoPrivateKey,
     /// The config cannot be written down.
     #[error("the config cannot be encoded")]
     Config(#[from] serde_json::Error),
@@ -73,7 +77,7 @@ impl Classified for InitError {
             Self::Exists { .. } => ErrorClass::Conflict,
             Self::Probe(error) => error.class(),
             Self::Store(error) => error.class(),
-            Self::Secret(_) => ErrorClass::Key,
+            Self::Secret(_) | Self::NoPrivateKey => ErrorClass::Key,
             Self::Crypto(_) | Self::Config(_) => ErrorClass::Local,
             Self::Open(error) => error.class(),
         }
@@ -188,6 +192,26 @@ impl Repository {
     ///
     /// Of two that try at once, one wins and the other gets [`InitError::Exists`].
     pub async fn init(store: Arc<dyn Store>, secret: &Secret, options: InitOptions) -> Result<Self, InitError> {
+        Self::init_with(store, secret, options, &DomainKeys::random()).await
+    }
+
+    /// As [`Self::init`], with the keys of this repository: a chunk has the same id in both, so that a replication need
+    /// not read what the other has. Whoever opens one can open the other. Needs a key that reads data.
+    pub async fn init_replica(&self, store: Arc<dyn Store>, secret: &Secret) -> Result<Self, InitError> {
+        let domain = self.engine.keys.domain();
+        if domain.private.is_none() {
+            return Err(InitError::NoPrivateKey);
+        }
+        let options = InitOptions { chunker: self.config().chunker.clone() };
+        Self::init_with(store, secret, options, domain).await
+    }
+
+    async fn init_with(
+        store: Arc<dyn Store>,
+        secret: &Secret,
+        options: InitOptions,
+        domain: &DomainKeys,
+    ) -> Result<Self, InitError> {
         secret.check()?;
         let exists = || InitError::Exists { store: store.describe() };
         match store.get(CONFIG_KEY, MAX_CONFIG_BYTES).await {
@@ -198,7 +222,7 @@ impl Repository {
         store::probe(&*store).await?;
         let config = Config::new(options.chunker);
         let bytes = config.to_bytes()?;
-        let slot = Slot::seal(&DomainKeys::random(), secret, *blake3::hash(&bytes).as_bytes())?;
+        let slot = Slot::seal(domain, secret, *blake3::hash(&bytes).as_bytes())?;
         let slot_key = format!("{KEYS_PREFIX}{}", SessionId::random());
         // The slot first: a config without a slot would be a repository that nobody can open.
         store.put_if_absent(&slot_key, slot.to_bytes().into()).await?;
@@ -221,14 +245,15 @@ impl Repository {
             Err(error) => return Err(error.into()),
         };
         let config = Config::parse(&bytes)?;
-        let domain = open_slot(&store, secret, *blake3::hash(&bytes).as_bytes()).await?;
+        let (domain, slot) = open_slot(&store, secret, *blake3::hash(&bytes).as_bytes()).await?;
         let cache = ObjectCache::new(options.cache_dir.as_deref(), config.id);
-        let keys = Arc::new(KeyRing::new(Arc::clone(&store), cache.clone(), domain));
+        let keys = Arc::new(KeyRing::new(Arc::clone(&store), cache.clone(), domain, slot));
         Ok(Self {
             engine: Arc::new(Engine {
                 index: Index::new(Arc::clone(&store), cache.clone()),
                 directories: Directories::new(Arc::clone(&store), Arc::clone(&keys)),
                 commits: CommitLog::new(Arc::clone(&store), cache.clone(), Arc::clone(&keys)),
+                lost: Lost::default(),
                 cache,
                 keys,
                 config,
@@ -250,12 +275,23 @@ impl Repository {
     /// Every committed snapshot that is not forgotten, oldest first.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>, CommitLogError> {
         self.engine.commits.refresh().await?;
+        Ok(self.known_snapshots())
+    }
+
+    /// As [`Self::snapshots`], without those whose commits are damaged; these come second.
+    pub async fn readable_snapshots(&self) -> Result<(Vec<Snapshot>, Vec<CommitLogError>), CommitLogError> {
+        let damaged = self.engine.commits.refresh_readable().await?;
+        Ok((self.known_snapshots(), damaged))
+    }
+
+    /// Those that the last look found.
+    pub(crate) fn known_snapshots(&self) -> Vec<Snapshot> {
         let forgotten = self.engine.commits.all_forgotten();
         let all = self.engine.commits.all();
         let snapshots = all.iter().flat_map(|(_, committed)| &committed.commit.snapshots);
         let mut snapshots: Vec<_> = snapshots.filter(|snapshot| !forgotten.contains(&snapshot.id)).cloned().collect();
         snapshots.sort_by_key(|snapshot| (snapshot.time, snapshot.id));
-        Ok(snapshots)
+        snapshots
     }
 
     /// The newest snapshot of a lineage.
@@ -264,18 +300,23 @@ impl Repository {
     }
 
     /// The snapshot with this id or unique prefix of at least four digits; `latest` is the newest of all.
+    ///
+    /// Damaged commits are in nobody's way who names a snapshot; without them nobody can say which is the latest.
     pub async fn find(&self, wanted: &str) -> Result<Snapshot, FindError> {
-        let mut snapshots = self.snapshots().await?;
         let none = || FindError::None { wanted: wanted.chars().take(80).collect() };
         if wanted == "latest" {
-            return snapshots.pop().ok_or_else(none);
+            return self.snapshots().await?.pop().ok_or_else(none);
         }
         let is_id = (4..=32).contains(&wanted.len())
             && wanted.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         if !is_id {
             return Err(FindError::Malformed { wanted: wanted.chars().take(80).collect() });
         }
+        let (mut snapshots, mut damaged) = self.readable_snapshots().await?;
         snapshots.retain(|snapshot| snapshot.id.to_string().starts_with(wanted));
+        if let (true, Some(error)) = (snapshots.is_empty(), damaged.pop()) {
+            return Err(error.into());
+        }
         match snapshots.len() {
             0 | 1 => snapshots.pop().ok_or_else(none),
             count => Err(FindError::Ambiguous { wanted: wanted.to_owned(), count }),
@@ -325,8 +366,12 @@ impl Repository {
     }
 }
 
-/// Tries the secret on every slot that belongs to the config.
-async fn open_slot(store: &Arc<dyn Store>, secret: &Secret, config_hash: [u8; 32]) -> Result<DomainKeys, OpenError> {
+/// Tries the secret on every slot that belongs to the config; the keys, and the key of the slot that gave them.
+async fn open_slot(
+    store: &Arc<dyn Store>,
+    secret: &Secret,
+    config_hash: [u8; 32],
+) -> Result<(DomainKeys, String), OpenError> {
     let listed: Vec<_> = store.list(KEYS_PREFIX).try_collect().await?;
     let (mut usable, mut damaged) = (0, 0);
     for object in listed {
@@ -347,7 +392,7 @@ async fn open_slot(store: &Arc<dyn Store>, secret: &Secret, config_hash: [u8; 32
         usable += 1;
         let secret = secret.clone();
         match tokio::task::spawn_blocking(move || slot.open(&secret)).await? {
-            Ok(keys) => return Ok(keys),
+            Ok(keys) => return Ok((keys, object.key)),
             Err(SlotError::WrongSecret) => {}
             Err(SlotError::Object(error)) => {
                 warn!(slot = object.key, %error, "a key slot is damaged");

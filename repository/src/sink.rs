@@ -61,6 +61,16 @@ pub trait ChunkSink: Send + Sync {
     /// concurrently for throughput: compression and encryption run on a pool. At most [`MAX_CHUNK_BYTES`].
     async fn put(&self, kind: ChunkKind, id: ChunkId, plain: Bytes) -> Result<Put, SessionError>;
 
+    /// Whether any chunk of the repository is known to be lost.
+    fn knows_lost(&self) -> bool {
+        false
+    }
+
+    /// Whether this chunk cannot be read any more, so that it should be stored again as it was.
+    fn is_lost(&self, _chunk: &ChunkRef) -> bool {
+        false
+    }
+
     /// Re-uses a chunk that the parent snapshot refers to, without any look-up.
     ///
     /// `false`: it is condemned, put it again.

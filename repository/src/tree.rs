@@ -15,6 +15,7 @@ use crate::error::{Classified, ErrorClass};
 use crate::manifest::{Entry, Kind, Manifest, ManifestError, Piece, Regular, Skipped, is_in, read_skipped};
 use crate::read::ReadError;
 use crate::repository::Repository;
+use crate::restore::Selection;
 use crate::sink::{ChunkRef, ChunkSource};
 use crate::snapshot::{Content, Snapshot};
 
@@ -117,6 +118,19 @@ pub async fn stream(
     let manifest = manifest(repository, snapshot).await?;
     let all = (0..manifest.pages().len()).collect();
     Ok(manifest.read(all))
+}
+
+/// What a restore with these patterns would take, page by page, in path order; directories above it are left out.
+pub async fn select(
+    repository: &Repository,
+    snapshot: &Snapshot,
+    patterns: &[String],
+) -> Result<BoxStream<'static, Result<Vec<Entry>, ManifestError>>, TreeError> {
+    let manifest = manifest(repository, snapshot).await?;
+    let selection = Selection::new(patterns);
+    let pages = manifest.read(selection.pages(&manifest));
+    let take = move |entries: Vec<Entry>| entries.into_iter().filter(|entry| selection.takes(&entry.path)).collect();
+    Ok(pages.map_ok(take).boxed())
 }
 
 fn walk(manifest: &Manifest, path: Vec<u8>, recursive: bool) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {

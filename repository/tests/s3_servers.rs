@@ -161,7 +161,7 @@ async fn a_backup_comes_back(store: &Arc<dyn Store>) {
     assert_eq!(restored.failed, []);
     assert_eq!(std::fs::read(target.path().join("large")).unwrap(), large);
     assert_eq!(std::fs::read_to_string(target.path().join("small199")).unwrap(), "file 199");
-    let checked = reopened.check(CheckOptions { read_data: true }, Arc::default()).await.unwrap();
+    let checked = reopened.check(CheckOptions::all_data(), Arc::default()).await.unwrap();
     assert!(checked.problems.is_empty(), "{:?}", checked.problems);
 }
 

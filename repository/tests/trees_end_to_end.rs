@@ -184,7 +184,7 @@ async fn everything_survives() {
     assert!(sparse.blocks() * 512 < 1 << 20, "the holes are gone: {} blocks", sparse.blocks());
     assert!(fs::metadata(target.join("socket")).unwrap().file_type().is_socket());
     assert_eq!(restored.counts.files, report.snapshot.counts.files);
-    let check = repository.check(CheckOptions { read_data: true }, Arc::default()).await.unwrap();
+    let check = repository.check(CheckOptions::all_data(), Arc::default()).await.unwrap();
     assert!(check.problems.is_empty(), "{:?}", check.problems);
     assert!(check.chunks > 10 && check.bytes_read > 5_000_000);
 }
@@ -269,7 +269,7 @@ async fn damaged_data_costs_the_files_that_need_it_and_is_located() {
     }
     let quick = reopened.check(CheckOptions::default(), Arc::default()).await.unwrap();
     assert!(quick.problems.is_empty());
-    let full = reopened.check(CheckOptions { read_data: true }, Arc::default()).await.unwrap();
+    let full = reopened.check(CheckOptions::all_data(), Arc::default()).await.unwrap();
     let problems: Vec<_> = full.problems.iter().map(ToString::to_string).collect();
     assert!(
         problems.iter().any(|p| p.contains("offset 64")) && problems.iter().any(|p| p.contains("hash")),

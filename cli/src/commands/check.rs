@@ -1,9 +1,9 @@
 //! `lifeboat check`
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
-use anyhow::Result;
-use lifeboat_repository::{check::CheckOptions, progress::Progress};
+use anyhow::{Result, bail};
+use lifeboat_repository::{check::CheckOptions, progress::Progress, share::Share};
 use serde_json::json;
 
 use crate::{
@@ -17,7 +17,8 @@ pub(crate) async fn run(global: &Global, options: &Check) -> Result<u8> {
     let shown = Arc::new(Progress::default());
     progress::cancel_on_signal(&shown);
     let display = progress::Display::new(global, &shown);
-    let report = repository.check(CheckOptions { read_data: options.read_data }, Arc::clone(&shown)).await?;
+    let plan = CheckOptions { read_data: options.read_data, cache_dir: cache_for(global, options.read_data)? };
+    let report = repository.check(plan, Arc::clone(&shown)).await?;
     drop(display);
     let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
     if global.json {
@@ -39,4 +40,14 @@ pub(crate) async fn run(global: &Global, options: &Check) -> Result<u8> {
         );
     }
     Ok(if problems.is_empty() { DONE } else { INCOMPLETE })
+}
+
+/// The folder that remembers where a share ended.
+pub(crate) fn cache_for(global: &Global, share: Option<Share>) -> Result<Option<PathBuf>> {
+    if share.is_some_and(Share::is_part) && global.cache_dir.is_none() {
+        bail!(
+            "a share is the part after the last one, which a folder must remember; set LIFEBOAT_CACHE_DIR or write --cache-dir FOLDER"
+        );
+    }
+    Ok(global.cache_dir.clone())
 }

@@ -1,13 +1,22 @@
 //! One file a command.
 
 mod backup;
+mod cat;
 mod check;
+mod completions;
+mod diff;
 mod expire;
 mod forget;
+mod heal;
 mod init;
+mod keys;
 mod ls;
+mod rebuild_index;
+mod replicate;
 mod restore;
+mod scrub;
 mod snapshots;
+mod stats;
 
 use std::process::ExitCode;
 
@@ -24,9 +33,19 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Snapshots(options) => snapshots::run(&global, &options).await,
         Command::Ls(options) => ls::run(&global, &options).await,
         Command::Restore(options) => restore::run(&global, &options).await,
+        Command::Cat(options) => cat::run(&global, &options).await,
+        Command::Diff(options) => diff::run(&global, &options).await,
+        Command::Stats => stats::run(&global).await,
+        Command::Keys(options) => keys::run(&global, options.command).await,
         Command::Check(options) => check::run(&global, &options).await,
         Command::Forget(options) => forget::run(&global, &options).await,
         Command::Expire(options) => expire::run(&global, &options).await,
+        Command::Scrub(options) => scrub::run(&global, &options).await,
+        Command::Heal(options) => heal::run(&global, &options).await,
+        Command::Replicate(options) => replicate::run(&global, &options).await,
+        Command::RebuildIndex => rebuild_index::run(&global).await,
+        Command::Completions(options) => completions::script(options.shell),
+        Command::Man(options) => completions::manual(&options.folder),
     }?;
     Ok(ExitCode::from(code))
 }

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use futures::TryStreamExt;
 use lifeboat_repository::{
     progress::Progress,
     repository::Repository,
     restore::{self, Existing, RestoreOptions},
     snapshot::{Content, Snapshot},
+    tree,
 };
 use serde_json::json;
 
+use super::ls;
 use crate::{
     options::{DONE, Global, INCOMPLETE, Restore},
     output, progress, repository,
@@ -27,6 +30,9 @@ pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
             options.snapshot,
             members.join(", ")
         );
+    }
+    if options.dry_run {
+        return preview(global, &repository, &snapshot, &options.include).await;
     }
     std::fs::create_dir_all(&options.target)
         .with_context(|| format!("cannot make the folder {}", options.target.display()))?;
@@ -61,6 +67,26 @@ pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
         }
     }
     Ok(if failed.is_empty() { DONE } else { INCOMPLETE })
+}
+
+/// Lists what would be restored.
+async fn preview(global: &Global, repository: &Repository, snapshot: &Snapshot, include: &[String]) -> Result<u8> {
+    let mut pages = tree::select(repository, snapshot, include).await?;
+    let (mut entries, mut bytes) = (0u64, 0);
+    while let Some(page) = pages.try_next().await? {
+        for entry in page.iter().filter(|entry| !entry.path.is_empty()) {
+            entries += 1;
+            bytes += entry.size();
+            ls::print(global, entry);
+        }
+    }
+    if entries == 0 && !include.is_empty() {
+        bail!("the snapshot has nothing that fits {}", include.join(", "));
+    }
+    if !global.json && !global.quiet {
+        println!("{entries} entries, {} would be restored", output::bytes(bytes));
+    }
+    Ok(DONE)
 }
 
 /// The snapshot meant: an id, its first characters, or `latest` of all trees or of one lineage.

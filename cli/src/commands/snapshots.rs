@@ -5,27 +5,31 @@ use lifeboat_repository::snapshot::{Content, Snapshot};
 use serde_json::{Value, json};
 
 use crate::{
-    options::{DONE, Global, Snapshots},
+    options::{DONE, Global, INCOMPLETE, Snapshots},
     output, repository,
 };
 
-/// Lists snapshots, oldest first.
+/// Lists snapshots, oldest first. Damaged commits are named, and make the exit code 3.
 pub(crate) async fn run(global: &Global, options: &Snapshots) -> Result<u8> {
     let repository = repository::open(global).await?;
-    let mut found = repository.snapshots().await?;
+    let (mut found, damaged) = repository.readable_snapshots().await?;
+    for error in &damaged {
+        eprintln!("lifeboat: {error}; see `lifeboat heal --help`");
+    }
+    let code = if damaged.is_empty() { DONE } else { INCOMPLETE };
     found.retain(|s| {
         options.lineage.as_ref().is_none_or(|lineage| &s.lineage == lineage)
             && options.tag.iter().all(|(name, value)| s.tags.get(name) == Some(value))
     });
     if global.json {
         println!("{}", serde_json::to_string_pretty(&found.iter().map(as_json).collect::<Vec<_>>())?);
-        return Ok(DONE);
+        return Ok(code);
     }
     let mut rows =
         vec![["ID", "TIME", "LINEAGE", "FILES", "SIZE", "NEW", "SKIPPED", "TAGS"].map(str::to_owned).to_vec()];
     rows.extend(found.iter().map(row));
     print!("{}", output::table(&rows));
-    Ok(DONE)
+    Ok(code)
 }
 
 fn row(snapshot: &Snapshot) -> Vec<String> {

@@ -7,6 +7,8 @@
 mod assemble;
 mod compare;
 mod entries;
+mod inherit;
+mod open;
 #[cfg(test)]
 mod page_tests;
 mod pages;

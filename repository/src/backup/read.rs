@@ -9,19 +9,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
-use futures::StreamExt;
-use rustix::fs::{Advice, FileType, OFlags, SeekFrom, fadvise, fstat, seek};
-use rustix::io::{Errno, pread};
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::io::Errno;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::BackupError;
-use super::compare::{Item, Todo, size_and_sparse};
+use super::compare::{Item, Todo};
+use super::inherit::{has_lost, inherit_lists};
+use super::open::{open, read_full};
 use super::pages::{Before, MAPPED_BYTES, MapPart, PageMap, Run, WINDOW_BYTES, join};
 use crate::beneath::Beneath;
 use crate::chunk::Chunker;
-use crate::manifest::{self, Contents, Entry, Kind, Piece, PieceListWriter, Reason, Regular, Skipped};
-use crate::meta;
+use crate::manifest::{Contents, Entry, Kind, Piece, PieceListWriter, Reason, Regular, Skipped};
 use crate::progress::Progress;
 use crate::session::SessionError;
 use crate::sink::{ChunkId, ChunkKind, ChunkSink, ChunkSource, Put};
@@ -44,9 +44,6 @@ const MEMORY_KIB: usize = 24 << 10;
 const IN_FLIGHT: usize = 8;
 /// Shorter holes are read as zeros: their bookkeeping would cost more.
 const MIN_HOLE_BYTES: u64 = 64 << 10;
-/// File systems keep times in steps of up to 10 ms. A file that was changed so shortly before it was read could be
-/// changed again with the same times; it is read again by the next backup.
-const TIME_STEP_MS: i128 = 20;
 
 /// Is told the path of a file that is about to be opened.
 pub(super) type OnOpen = Box<dyn Fn(&[u8]) + Send + Sync>;
@@ -178,97 +175,10 @@ async fn resolve_large(context: &Arc<Context>, entry: Entry, todo: Todo) -> Resu
             context.progress.add_bytes(entry.size());
             return Ok(Outcome::Done(entry));
         }
-        Todo::Read { before, .. } => before,
+        Todo::Read { before: Some(before), .. } if !has_lost(context, &before).await? => Some(before),
         _ => None,
     };
     read_large(context, entry, before.map(|before| *before)).await
-}
-
-/// Takes over the lists of a large file and all that they list.
-async fn inherit_lists(context: &Context, entry: &Entry) -> Result<bool, BackupError> {
-    let Kind::Regular(file) = &entry.kind else { return Ok(false) };
-    let Some(source) = &context.source else { return Ok(false) };
-    for file in [file, &file.page_map_as_file()] {
-        if let Contents::Listed(lists) = &file.contents
-            && !lists.iter().all(|list| context.sink.inherit(list))
-        {
-            return Ok(false);
-        }
-        let mut pieces = manifest::pieces(Arc::clone(source), file);
-        while let Some(list) = pieces.next().await {
-            match list {
-                Ok(list) if context.inherits(&list) => {}
-                Ok(_) => return Ok(false),
-                Err(error) if super::parent::is_lost(&error) => return Ok(false),
-                Err(error) => return Err(BackupError::ReadParent(error)),
-            }
-        }
-    }
-    Ok(true)
-}
-
-fn reason(error: Errno) -> Reason {
-    match error {
-        Errno::NOENT | Errno::NOTDIR | Errno::LOOP => Reason::Vanished,
-        other => Reason::Unreadable { error: std::io::Error::from(other).to_string() },
-    }
-}
-
-fn reason_of(error: &std::io::Error) -> Reason {
-    match error.raw_os_error() {
-        Some(number) => reason(Errno::from_raw_os_error(number)),
-        None => Reason::Unreadable { error: error.to_string() },
-    }
-}
-
-/// Opens a file and brings its entry up to the state at this moment.
-fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reason> {
-    if let Some(hook) = &context.hooks.before_open {
-        hook(&entry.path);
-    }
-    let Some(root) = &context.root else { return Err(Reason::Vanished) };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-    // Only the owner may leave the access time alone.
-    let file = root
-        .open_at(&entry.path, flags | OFlags::NOATIME)
-        .or_else(|error| match error.raw_os_error() {
-            Some(number) if number == Errno::PERM.raw_os_error() => root.open_at(&entry.path, flags),
-            _ => Err(error),
-        })
-        .map_err(|error| reason_of(&error))?;
-    let stat = fstat(&file).map_err(reason)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(Reason::Vanished);
-    }
-    let found = meta::of_stat(&stat);
-    if (found.ctime, found.inode) != (entry.meta.ctime, entry.meta.inode) && entry.meta.inode != 0 {
-        let xattrs = meta::xattrs_of(&file).map_err(|error| reason_of(&error))?;
-        entry.meta = manifest::Meta { xattrs, ..found };
-    }
-    let changed_ms = i128::from(entry.meta.ctime.seconds) * 1000 + i128::from(entry.meta.ctime.nanoseconds / 1_000_000);
-    if (i128::from(crate::clock::now().as_millisecond()) - changed_ms).abs() < TIME_STEP_MS {
-        entry.meta.inode = 0;
-    }
-    if let Kind::Regular(regular) = &mut entry.kind {
-        (regular.size, regular.sparse) = size_and_sparse(&stat);
-        regular.contents = Contents::default();
-        regular.page_map = Contents::default();
-    }
-    Ok(file)
-}
-
-/// Reads until `buffer` is full.
-fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reason> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match pread(file, &mut buffer[done..], offset + done as u64) {
-            Ok(0) => return Err(Reason::Shrunk),
-            Ok(count) => done += count,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(reason(error)),
-        }
-    }
-    Ok(())
 }
 
 /// Reads an item if it is small; gives it back if it is not (any more).

@@ -1,15 +1,16 @@
 //! The objects of a round of expiry and the tombstones: their bytes and keys. Nothing here decides anything.
 //!
 //! A round K has `g/<K>/condemned`, `g/<K>/final`, `g/<K>/done` and, until the next is done, `g/<K>/live/<name>`.
-//! All end with a hash under a key of the domain, so that a store cannot make packs or snapshots vanish by a forged mark.
+//! All have a hash under a key of the domain, so that a store cannot make packs or snapshots vanish by a forged mark, and end
+//! with one without a key, by which anyone finds damage.
 
 use bytes::Bytes;
 
 use super::packset::PackSet;
 use crate::engine::Engine;
 use crate::id::{SessionId, SnapshotId};
-use crate::store::StoreError;
-use crate::wire::{Fields, WireError};
+use crate::store::{Store, StoreError};
+use crate::wire::{Fields, WireError, seal_hash, unseal_hash};
 
 /// Where the marks of rounds lie.
 pub(crate) const MARKS_PREFIX: &str = "g/";
@@ -40,22 +41,82 @@ impl MarkKey {
     fn seal(&self, mut bytes: Vec<u8>) -> Vec<u8> {
         let hash = blake3::keyed_hash(&self.0, &bytes);
         bytes.extend_from_slice(hash.as_bytes());
+        seal_hash(&mut bytes);
         bytes
     }
 
     fn unseal<'a>(&self, bytes: &'a [u8]) -> Result<Fields<'a>, WireError> {
-        let Some((body, hash)) = bytes.split_last_chunk::<32>() else {
-            return Err(WireError { what: "the mark is too short for a hash", at: bytes.len() });
-        };
+        let (body, hash) = split(bytes)?;
         if blake3::keyed_hash(&self.0, body) == blake3::Hash::from_bytes(*hash) {
             Ok(Fields::new(body))
         } else {
-            Err(WireError {
-                what: "the mark's hash does not fit: damaged, or not written by this repository",
-                at: body.len(),
-            })
+            Err(WireError { what: "the mark was not written by this repository", at: body.len() })
         }
     }
+}
+
+/// What a mark says, and its hash under the key.
+fn split(bytes: &[u8]) -> Result<(&[u8], &[u8; 32]), WireError> {
+    let sealed = unseal_hash(bytes)?;
+    sealed.split_last_chunk().ok_or(WireError { what: "the mark is too short for a hash", at: sealed.len() })
+}
+
+/// Checks a mark or a tombstone as far as anyone can who has no key.
+pub(crate) fn verify(at: &str, bytes: &[u8]) -> Result<(), WireError> {
+    let stray = WireError { what: "the key is not one of a mark", at: 0 };
+    let (body, _) = split(bytes)?;
+    if let Some(snapshot) = parse_tombstone_key(at) {
+        return tombstone(Fields::new(body), snapshot);
+    }
+    let round = round_of(at).ok_or(stray)?;
+    let begin = |magic| begin(Fields::new(body), magic, round);
+    if at == condemned_key(round) {
+        Condemned::body(begin(CONDEMNED_MAGIC)?).map(drop)
+    } else if at == final_key(round) {
+        Final::body(begin(FINAL_MAGIC)?).map(drop)
+    } else if at == live_key(round, blake3::hash(bytes).as_bytes()) {
+        Live::body(begin(LIVE_MAGIC)?).map(drop)
+    } else if at == done_key(round) {
+        begin(DONE_MAGIC)?.end()
+    } else {
+        Err(stray)
+    }
+}
+
+/// As [`verify`], and whether it was written by this repository.
+pub(crate) fn verify_with(key: &MarkKey, at: &str, bytes: &[u8]) -> Result<(), WireError> {
+    key.unseal(bytes)?;
+    verify(at, bytes)
+}
+
+/// Whether these bytes, which come from a copy, fit what else is known of the round, so that they are what lay here.
+///
+/// The key proves who wrote them, but not where: a copy on which somebody expired has rounds of its own.
+pub(crate) async fn fits_round(engine: &Engine, at: &str, bytes: &[u8]) -> Result<bool, StoreError> {
+    let key = engine.mark_key();
+    if verify_with(&key, at, bytes).is_err() {
+        return Ok(false);
+    }
+    let Some(round) = round_of(at) else { return Ok(true) };
+    if at == final_key(round) {
+        let Ok(found) = Final::parse(&key, round, bytes) else { return Ok(false) };
+        // Made before it, under a name that is used once; gone only when a later round is done.
+        return Ok(exists(&*engine.store, &live_key(round, &found.live)).await? || is_done(engine, round + 1).await?);
+    }
+    if at == condemned_key(round) {
+        let Ok(found) = Condemned::parse(&key, round, bytes) else { return Ok(false) };
+        return match finals(engine, round).await {
+            Ok(Some(decided)) => {
+                let mut packs = decided.packs;
+                packs.remove_all(&found.packs);
+                Ok(packs.is_empty())
+            }
+            Ok(None) => Ok(true),
+            Err(MarkError::Store(error)) => Err(error),
+            Err(MarkError::Damaged { .. }) => Ok(false),
+        };
+    }
+    Ok(true)
 }
 
 pub(crate) fn condemned_key(round: u64) -> String {
@@ -104,7 +165,10 @@ pub(crate) fn tombstone_bytes(key: &MarkKey, snapshot: SnapshotId, at: jiff::Tim
 
 /// Whether these bytes are a tombstone of the snapshot.
 pub(crate) fn check_tombstone(key: &MarkKey, snapshot: SnapshotId, bytes: &[u8]) -> Result<(), WireError> {
-    let mut fields = key.unseal(bytes)?;
+    tombstone(key.unseal(bytes)?, snapshot)
+}
+
+fn tombstone(mut fields: Fields<'_>, snapshot: SnapshotId) -> Result<(), WireError> {
     fields.expect(TOMBSTONE_MAGIC, "no tombstone of a known version")?;
     fields.expect(&snapshot.0, "the tombstone of another snapshot")?;
     fields.take(24)?;
@@ -178,7 +242,10 @@ fn head(magic: &[u8], round: u64) -> Vec<u8> {
 }
 
 fn open<'a>(key: &MarkKey, magic: &[u8], round: u64, bytes: &'a [u8]) -> Result<Fields<'a>, WireError> {
-    let mut fields = key.unseal(bytes)?;
+    begin(key.unseal(bytes)?, magic, round)
+}
+
+fn begin<'a>(mut fields: Fields<'a>, magic: &[u8], round: u64) -> Result<Fields<'a>, WireError> {
     fields.expect(magic, "no mark of a known version")?;
     fields.expect(&round.to_le_bytes(), "the mark of another round")?;
     fields.take(16)?;
@@ -198,7 +265,10 @@ impl Condemned {
     }
 
     pub(crate) fn parse(key: &MarkKey, round: u64, bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = open(key, CONDEMNED_MAGIC, round, bytes)?;
+        Self::body(open(key, CONDEMNED_MAGIC, round, bytes)?)
+    }
+
+    fn body(mut fields: Fields<'_>) -> Result<Self, WireError> {
         let packs = PackSet::parse(&mut fields)?;
         fields.end()?;
         Ok(Self { packs })
@@ -227,7 +297,10 @@ impl Final {
     }
 
     pub(crate) fn parse(key: &MarkKey, round: u64, bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = open(key, FINAL_MAGIC, round, bytes)?;
+        Self::body(open(key, FINAL_MAGIC, round, bytes)?)
+    }
+
+    fn body(mut fields: Fields<'_>) -> Result<Self, WireError> {
         let live = fields.array()?;
         let packs = PackSet::parse(&mut fields)?;
         let mut dropped = Vec::new();
@@ -274,7 +347,10 @@ impl Live {
     }
 
     pub(crate) fn parse(key: &MarkKey, round: u64, bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = open(key, LIVE_MAGIC, round, bytes)?;
+        Self::body(open(key, LIVE_MAGIC, round, bytes)?)
+    }
+
+    fn body(mut fields: Fields<'_>) -> Result<Self, WireError> {
         let mut commits = Vec::new();
         for _ in 0..fields.count(20)? {
             let session = SessionId(fields.array()?);
@@ -353,11 +429,11 @@ pub(crate) async fn live(engine: &Engine, round: u64, hash: &[u8; 32]) -> Result
 
 /// Whether everything of the round was deleted.
 pub(crate) async fn is_done(engine: &Engine, round: u64) -> Result<bool, StoreError> {
-    exists(engine, &done_key(round)).await
+    exists(&*engine.store, &done_key(round)).await
 }
 
-pub(crate) async fn exists(engine: &Engine, key: &str) -> Result<bool, StoreError> {
-    match engine.store.size(key).await {
+pub(crate) async fn exists(store: &dyn Store, key: &str) -> Result<bool, StoreError> {
+    match store.size(key).await {
         Ok(_) => Ok(true),
         Err(error) if error.is_not_found() => Ok(false),
         Err(error) => Err(error),
@@ -376,7 +452,7 @@ pub(crate) async fn newest_round(engine: &Engine) -> Result<u64, StoreError> {
             newest = newest.max(round_of(&object.key).unwrap_or(0));
         }
     }
-    while exists(engine, &condemned_key(newest + 1)).await? {
+    while exists(&*engine.store, &condemned_key(newest + 1)).await? {
         newest += 1;
     }
     Ok(newest)

@@ -202,16 +202,30 @@ impl Repository {
 
     /// Commits that others saw, that are not there, and that did not expire: somebody took them away.
     pub(crate) async fn omissions(&self) -> Result<Vec<SessionId>, ExpireError> {
-        let mut missing: BTreeSet<_> = self.engine.commits.omissions().into_iter().collect();
-        let mut round = 0;
-        while !missing.is_empty() {
-            round += 1;
-            let Some(decided) = marks::finals(&self.engine, round).await? else { break };
-            for (session, _) in decided.dropped {
-                missing.remove(&session);
-            }
+        let mut missing = self.engine.commits.omissions();
+        if !missing.is_empty() {
+            let dropped = self.dropped().await?;
+            missing.retain(|session| !dropped.contains(session));
         }
-        Ok(missing.into_iter().collect())
+        Ok(missing)
+    }
+
+    /// All sessions that committed, also those whose commits expired.
+    pub(crate) async fn committed_ever(&self) -> Result<BTreeSet<SessionId>, ExpireError> {
+        let mut committed = self.dropped().await?;
+        committed.extend(self.engine.commits.all().into_iter().map(|(session, _)| session));
+        Ok(committed)
+    }
+
+    /// Sessions whose commits expired.
+    async fn dropped(&self) -> Result<BTreeSet<SessionId>, ExpireError> {
+        let mut dropped = BTreeSet::new();
+        let mut round = 1;
+        while let Some(decided) = marks::finals(&self.engine, round).await? {
+            dropped.extend(decided.dropped.into_iter().map(|(session, _)| session));
+            round += 1;
+        }
+        Ok(dropped)
     }
 }
 

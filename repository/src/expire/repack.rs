@@ -236,6 +236,11 @@ impl Copy<'_> {
             Err(error) if error.is_not_found() => return Ok(false),
             Err(error) => return Err(error.into()),
         };
+        let is_lost = |slot: &u16| engine.lost.covers(Place { pack: source.pack, slot: *slot });
+        if source.slots.iter().any(is_lost) {
+            // No mark would name the new place of a chunk that is lost.
+            return Ok(false);
+        }
         if let Err(error) = verify_hash(&bytes) {
             warn!(pack = %source.pack, %error, "a damaged pack is not repacked");
             return Ok(false);

@@ -144,6 +144,10 @@ impl Run {
         if decided.is_some() || !watch.is_silent(&self.engine, session, since, self.options.silence).await? {
             return Ok(decided);
         }
+        if self.engine.commits.omissions().contains(&session) {
+            // To abort it in place of its commit would delete what it wrote.
+            return Err(ExpireError::Marks { what: format!("the commit of the session {session} is missing") });
+        }
         let bytes = Decision::abort_bytes(session, "expiry saw no sign of life");
         if self.engine.store.put_if_absent(&decision_key(session), bytes.into()).await?.is_ours() {
             warn!(%session, "a session without a sign of life was aborted");

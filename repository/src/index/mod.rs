@@ -3,6 +3,7 @@
 //! Made of immutable segments, each written by one session for its own packs. The index is a hint: whoever uses
 //! an answer compares it with the pack's sealed directory. A missing segment costs deduplication, never data.
 
+mod rebuild;
 mod segment;
 
 use std::collections::HashSet;
@@ -11,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use futures::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
 
+pub use rebuild::{RebuildError, RebuildReport};
 pub(crate) use segment::{Segment, SegmentEntry, encode_segment};
 
 use crate::cache::ObjectCache;
@@ -36,7 +38,7 @@ pub(crate) fn segments_prefix(session: SessionId) -> String {
     format!("{INDEX_PREFIX}{session}/")
 }
 
-fn parse_segment_key(key: &str) -> Option<(SessionId, u32)> {
+pub(crate) fn parse_segment_key(key: &str) -> Option<(SessionId, u32)> {
     let (session, number) = key.strip_prefix(INDEX_PREFIX)?.split_once('/')?;
     let parsed = (session.parse().ok()?, u32::from_str_radix(number, 16).ok()?);
     (segment_key(parsed.0, parsed.1) == key).then_some(parsed)

@@ -2,13 +2,15 @@
 
 mod session;
 mod slot;
+mod slots;
 
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 pub(crate) use session::{SessionKeys, session_key_object};
-pub use slot::SlotError;
 pub(crate) use slot::{KEYS_PREFIX, MAX_SLOT_BYTES, Slot};
+pub use slot::{Role, SlotError, SlotKind};
+pub use slots::{KeySlot, KeySlotsError};
 
 use crate::crypto::{CryptoError, SecretKey};
 
@@ -88,14 +90,13 @@ impl DomainKeys {
     }
 
     /// The same keys without the one that reads data: a writer's.
-    #[cfg(test)]
     pub(crate) fn writer(&self) -> Self {
         Self { private: None, ..self.clone() }
     }
 
-    /// The form that is sealed in a slot: 161 bytes. Wiped when dropped.
+    /// The form that is sealed in a slot: 161 bytes, 193 with the private key. Wiped when dropped.
     fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
-        let mut bytes = Zeroizing::new(Vec::with_capacity(161));
+        let mut bytes = Zeroizing::new(Vec::with_capacity(193));
         for key in [&self.id, &self.chunker, &self.structure, &self.manifest] {
             bytes.extend_from_slice(key.bytes());
         }

@@ -6,7 +6,7 @@
 use super::{DomainKeys, KeyObjectError};
 use crate::crypto::{SEALED_KEY_BYTES, SecretKey, WRAPPED_KEY_BYTES, open_with, seal_to, unwrap_key, wrap_key};
 use crate::id::SessionId;
-use crate::wire::{Fields, seal_hash, unseal_hash};
+use crate::wire::{Fields, WireError, seal_hash, unseal_hash};
 
 const MAGIC: &[u8; 8] = b"LBSKEY01";
 
@@ -50,15 +50,14 @@ impl SessionKeys {
         Ok(bytes)
     }
 
+    /// Checks the stored form as far as anyone can.
+    pub(crate) fn verify(bytes: &[u8], session: SessionId) -> Result<(), WireError> {
+        Wrapped::parse(bytes, session).map(drop)
+    }
+
     /// Opens the stored form with the domain's keys.
     pub(crate) fn open(bytes: &[u8], session: SessionId, domain: &DomainKeys) -> Result<Self, KeyObjectError> {
-        let mut fields = Fields::new(unseal_hash(bytes)?);
-        fields.expect(MAGIC, "no session keys of a known version")?;
-        fields.expect(&session.0, "the keys of another session")?;
-        let data: [u8; SEALED_KEY_BYTES] = fields.array()?;
-        let manifest: [u8; WRAPPED_KEY_BYTES] = fields.array()?;
-        let structure: [u8; WRAPPED_KEY_BYTES] = fields.array()?;
-        fields.end()?;
+        let Wrapped { data, manifest, structure } = Wrapped::parse(bytes, session)?;
         Ok(Self {
             data: domain
                 .private
@@ -68,6 +67,24 @@ impl SessionKeys {
             manifest: unwrap_key(&domain.manifest, &info(session, "manifest"), &manifest)?,
             structure: unwrap_key(&domain.structure, &info(session, "structure"), &structure)?,
         })
+    }
+}
+
+/// The stored form, taken apart.
+struct Wrapped {
+    data: [u8; SEALED_KEY_BYTES],
+    manifest: [u8; WRAPPED_KEY_BYTES],
+    structure: [u8; WRAPPED_KEY_BYTES],
+}
+
+impl Wrapped {
+    fn parse(bytes: &[u8], session: SessionId) -> Result<Self, WireError> {
+        let mut fields = Fields::new(unseal_hash(bytes)?);
+        fields.expect(MAGIC, "no session keys of a known version")?;
+        fields.expect(&session.0, "the keys of another session")?;
+        let wrapped = Self { data: fields.array()?, manifest: fields.array()?, structure: fields.array()? };
+        fields.end()?;
+        Ok(wrapped)
     }
 }
 

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use super::{DomainKeys, KeyObjectError, Secret};
-use crate::crypto::{Cipher, Cost, CryptoError, Purpose, SecretKey};
+use crate::crypto::{Cipher, Cost, CryptoError, Purpose, SecretKey, TAG_BYTES};
 use crate::wire::{Fields, WireError, seal_hash, unseal_hash};
 
 /// Where slots lie.
@@ -13,6 +13,9 @@ pub(crate) const MAX_SLOT_BYTES: u64 = 4096;
 const MAGIC: &[u8; 8] = b"LBKEYS01";
 const KIND_PASSPHRASE: u8 = 1;
 const KIND_KEY_FILE: u8 = 2;
+/// Plain bytes of a writer's keys, and of all keys.
+const WRITER_BYTES: usize = 5 * 32 + 1;
+const FULL_BYTES: usize = WRITER_BYTES + 32;
 /// Derives the sealing key from a key file's bytes and the slot's salt.
 const KEY_FILE_CONTEXT: &str = "lifeboat 2026 repository key file slot v1";
 
@@ -31,6 +34,24 @@ impl From<WireError> for SlotError {
     fn from(error: WireError) -> Self {
         Self::Object(error.into())
     }
+}
+
+/// What opens a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotKind {
+    /// Words that a person knows.
+    Passphrase,
+    /// A file of 32 random bytes.
+    KeyFile,
+}
+
+/// What the keys in a slot are good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Everything.
+    Full,
+    /// Writing, deduplicating, listing and checking, but no data.
+    Writer,
 }
 
 /// A slot as it is stored.
@@ -103,6 +124,24 @@ impl Slot {
         self.config_hash == *config_hash
     }
 
+    /// What opens it; `None` for kinds of a later version.
+    pub(crate) fn kind(&self) -> Option<SlotKind> {
+        match self.kind {
+            KIND_PASSPHRASE => Some(SlotKind::Passphrase),
+            KIND_KEY_FILE => Some(SlotKind::KeyFile),
+            _ => None,
+        }
+    }
+
+    /// What its keys are good for, by their number; `None`: it holds something else.
+    pub(crate) fn role(&self) -> Option<Role> {
+        match self.sealed.len().checked_sub(TAG_BYTES)? {
+            WRITER_BYTES => Some(Role::Writer),
+            FULL_BYTES => Some(Role::Full),
+            _ => None,
+        }
+    }
+
     /// Opens the slot. Slow for passphrases: Argon2id.
     pub(crate) fn open(&self, secret: &Secret) -> Result<DomainKeys, SlotError> {
         let fits = matches!(
@@ -133,6 +172,7 @@ mod tests {
         assert!(slot.belongs_to(&[9; 32]));
         let opened = slot.open(&secret).unwrap();
         assert!(opened.id == keys.id && opened.private == keys.private && opened.public == keys.public);
+        assert_eq!((slot.kind(), slot.role()), (Some(SlotKind::KeyFile), Some(Role::Full)));
         assert_eq!(slot.open(&Secret::key_file([2; 32])).unwrap_err(), SlotError::WrongSecret);
         assert_eq!(slot.open(&Secret::passphrase("x".into())).unwrap_err(), SlotError::WrongSecret);
         for cut in 0..bytes.len() {
@@ -146,6 +186,7 @@ mod tests {
         let secret = Secret::passphrase("correct horse".into());
         let slot = Slot::parse(&Slot::seal(&keys, &secret, [0; 32]).unwrap().to_bytes()).unwrap();
         assert!(slot.open(&secret).unwrap().private.is_none());
+        assert_eq!((slot.kind(), slot.role()), (Some(SlotKind::Passphrase), Some(Role::Writer)));
         assert_eq!(slot.open(&Secret::passphrase("battery".into())).unwrap_err(), SlotError::WrongSecret);
     }
 }

@@ -141,6 +141,7 @@ mod tests {
         assert_eq!(pack_key(id), format!("p/{}/000000ab", id.session));
         assert_eq!(parse_pack_key(&pack_key(id)), Some(id));
         assert_eq!(parse_pack_key("p/ab/0"), None);
+        assert_eq!(parse_pack_key(&format!("p/{}/ab", id.session)), None);
         assert_eq!(parse_header(&header(id, PackKind::Metadata)), Ok(id));
     }
 

@@ -132,8 +132,22 @@ impl Reader {
         self.engine.keys.get(located.origin).await.map_err(|error| explain(located.place.pack, error.into()))
     }
 
-    /// Opens a frame on a worker thread.
+    /// Opens a frame; if it is damaged, a copy of the chunk in another pack, if there is one.
     async fn open(&self, located: Located, frame: Bytes) -> Result<Bytes, ReadError> {
+        let error = match self.open_at(located, frame).await {
+            Err(error @ ReadError::DamagedChunk { .. }) => error,
+            opened => return opened,
+        };
+        let SlotEntry { expected, .. } = located.entry;
+        let chunk = ChunkRef { id: expected.id, len: expected.plain_len, place: located.place };
+        let Ok(copy) = self.locate_by_index(&chunk).await else { return Err(error) };
+        let start = u64::from(copy.entry.offset);
+        let frame = self.fetch(copy.place.pack, start..start + u64::from(copy.entry.len)).await?;
+        self.open_at(copy, frame).await.map_err(|_| error)
+    }
+
+    /// Opens a frame on a worker thread.
+    async fn open_at(&self, located: Located, frame: Bytes) -> Result<Bytes, ReadError> {
         let ciphers = self.ciphers(&located).await?;
         let engine = Arc::clone(&self.engine);
         let open = move || {

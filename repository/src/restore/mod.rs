@@ -27,6 +27,7 @@ use crate::read::ReadError;
 use crate::session::SessionError;
 use crate::snapshot::Counts;
 
+pub(crate) use select::Selection;
 pub use verb::tree;
 
 /// What to do where something lies already.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use tracing::{info, warn};
 
-use super::SessionError;
 use super::mask::Mask;
 use super::references::{References, ReferencesError};
-use super::writer::{Session, marks_failed};
+use super::writer::Session;
+use super::{SessionError, marks_failed};
 use crate::engine::Engine;
+use crate::error::{Classified, ErrorClass};
 use crate::expire::marks::LiveRefs;
 use crate::id::{SessionId, SnapshotId};
 use crate::snapshot::Snapshot;
@@ -20,7 +21,14 @@ impl Session {
     /// A parent that expired or whose references are damaged is no error: nothing is inherited, so that everything is
     /// read again. Must be called at most once; a second parent is not taken.
     pub async fn inherit_from(&self, parent: &Snapshot) -> Result<(), SessionError> {
-        let Some(refs) = self.newest_refs(&[parent.id]).await?.pop() else {
+        let newest = match self.newest_refs(&[parent.id]).await {
+            Err(SessionError::Commits { source, .. }) if source.class() == ErrorClass::Damaged => {
+                warn!(session = %self.id(), error = %source, "nothing is inherited: everything is read again");
+                return Ok(());
+            }
+            newest => newest?.pop(),
+        };
+        let Some(refs) = newest else {
             info!(session = %self.id(), parent = %parent.id, "the parent expired: everything is read again");
             return Ok(());
         };

@@ -25,8 +25,10 @@ pub use writer::{Session, SessionOptions, SessionStats};
 
 use crate::commits::CommitLogError;
 use crate::error::{Classified, ErrorClass};
+use crate::expire::marks::MarkError;
 use crate::id::{ChunkId, SessionId};
 use crate::store::StoreError;
+use registration::EpochError;
 
 /// What a session failed to do.
 #[derive(Debug, Clone, Error)]
@@ -107,5 +109,21 @@ impl Classified for SessionError {
             Self::Commits { source, .. } => source.class(),
             Self::AbortedByAnother { .. } => ErrorClass::Conflict,
         }
+    }
+}
+
+fn not_registered(session: SessionId, error: EpochError) -> SessionError {
+    match error {
+        EpochError::Store(source) => SessionError::Store { session, act: "register", source: Arc::new(source) },
+        error @ EpochError::Damaged { .. } => SessionError::Marks { session, what: error.to_string() },
+    }
+}
+
+fn marks_failed(session: SessionId, error: MarkError) -> SessionError {
+    match error {
+        MarkError::Store(source) => {
+            SessionError::Store { session, act: "read the marks of expiry", source: Arc::new(source) }
+        }
+        error @ MarkError::Damaged { .. } => SessionError::Marks { session, what: error.to_string() },
     }
 }

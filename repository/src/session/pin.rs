@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use tracing::{debug, info, warn};
 
-use super::SessionError;
 use super::decision::{Decision, decision_key};
 use super::heartbeat::beat;
 use super::inherit::newest_refs;
 use super::mask::Mask;
 use super::references::{ReferencesError, refset};
 use super::registration::register;
-use super::writer::marks_failed;
+use super::{SessionError, marks_failed, not_registered};
+use crate::commits::CommitLogError;
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{SessionId, SnapshotId};
@@ -52,7 +52,14 @@ impl Repository {
         let session = SessionId::random();
         let fail = |act| move |source: StoreError| SessionError::Store { session, act, source: Arc::new(source) };
         let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
-        engine.commits.refresh().await.map_err(failed)?;
+        match engine.commits.refresh().await {
+            Ok(()) => {}
+            Err(error @ CommitLogError::Damaged { .. }) => {
+                warn!(%error, "a read without a pin: nothing expires before this is healed");
+                return Ok(None);
+            }
+            Err(error) => return Err(failed(error)),
+        }
         let Some(refs) = engine.commits.references().get(&snapshot.id).copied() else { return Ok(None) };
         let set = match refset(&engine, snapshot.id, refs.version, &refs.hash).await {
             Ok(set) => set,
@@ -76,7 +83,7 @@ impl Repository {
         }
         let registration = register(&*engine.store, engine.config.lanes, session, crate::clock::now(), Some(hash))
             .await
-            .map_err(fail("register a reader"))?;
+            .map_err(|error| not_registered(session, error))?;
         engine.directories.renew();
         let heartbeat = Some(tokio::spawn(beat(Arc::clone(&engine), session)));
         let pin = Pin { engine: Arc::clone(&engine), session, heartbeat };

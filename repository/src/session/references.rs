@@ -3,13 +3,15 @@
 //! A manifest names the place where a chunk lay when it was written; after repacking that is only a hint. What may be
 //! relied on is the snapshot's refset of the newest version: a place in it exists as long as the snapshot lives.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures::FutureExt;
 use thiserror::Error;
 
 use crate::directories::DirectoryError;
 use crate::engine::Engine;
+use crate::error::{Classified, ErrorClass};
+use crate::expire::marks::LiveRefs;
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId, SnapshotId};
 use crate::parallel::at_once;
 use crate::refset::{MAX_REFSET_BYTES, Refset, refset_key};
@@ -45,15 +47,36 @@ pub(crate) async fn refset(
         Err(error) if error.is_not_found() => return Err(ReferencesError::Missing { snapshot }),
         Err(error) => return Err(error.into()),
     };
-    let parsed = if blake3::hash(&bytes).as_bytes() == hash {
-        Refset::parse(snapshot, version, &bytes).map(|(_, set)| set)
+    parse(snapshot, version, hash, &bytes).inspect_err(|_| engine.cache.forget(&key))
+}
+
+/// As [`refset`], as it lies in the store now, whatever the cache has.
+pub(crate) async fn stored(engine: &Engine, refs: &LiveRefs) -> Result<Refset, ReferencesError> {
+    let LiveRefs { snapshot, version, hash, .. } = refs;
+    match engine.store.get(&refset_key(*snapshot, *version), MAX_REFSET_BYTES).await {
+        Ok(bytes) => parse(*snapshot, *version, hash, &bytes),
+        Err(error) if error.is_not_found() => Err(ReferencesError::Missing { snapshot: *snapshot }),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn parse(snapshot: SnapshotId, version: u32, hash: &[u8; 32], bytes: &[u8]) -> Result<Refset, ReferencesError> {
+    let parsed = if blake3::hash(bytes).as_bytes() == hash {
+        Refset::parse(snapshot, version, bytes).map(|(_, set)| set)
     } else {
         Err(WireError { what: "they are not the ones committed", at: 0 })
     };
-    parsed.map_err(|source| {
-        engine.cache.forget(&key);
-        ReferencesError::Damaged { snapshot, source }
-    })
+    parsed.map_err(|source| ReferencesError::Damaged { snapshot, source })
+}
+
+/// The references of a snapshot that are in force, of `newest`, which is what the commits name.
+pub(crate) async fn in_force(
+    engine: &Engine,
+    newest: &BTreeMap<SnapshotId, LiveRefs>,
+    snapshot: SnapshotId,
+) -> Result<Refset, ReferencesError> {
+    let refs = newest.get(&snapshot).ok_or(ReferencesError::Missing { snapshot })?;
+    refset(engine, snapshot, refs.version, &refs.hash).await
 }
 
 /// Where the chunks of a snapshot lie.
@@ -72,7 +95,15 @@ impl References {
         hash: &[u8; 32],
         movers: &BTreeSet<SessionId>,
     ) -> Result<Self, ReferencesError> {
-        let set = refset(engine, snapshot, version, hash).await?;
+        Self::of(engine, refset(engine, snapshot, version, hash).await?, movers).await
+    }
+
+    /// The same of a set that was read already.
+    pub(crate) async fn of(
+        engine: &Engine,
+        set: Refset,
+        movers: &BTreeSet<SessionId>,
+    ) -> Result<Self, ReferencesError> {
         let repacked = set.packs_of(movers);
         let moved = moved(engine, repacked).await?;
         Ok(Self { set, moved })
@@ -96,7 +127,11 @@ async fn moved(engine: &Engine, packs: Vec<(PackId, Vec<u16>)>) -> Result<HashMa
         async move {
             match engine.directories.get(pack).await {
                 Ok(directory) => Ok(Some((pack, slots, directory))),
-                Err(DirectoryError::Store(error)) if !error.is_not_found() => Err(error),
+                Err(DirectoryError::Store(error))
+                    if !matches!(error.class(), ErrorClass::NotFound | ErrorClass::Damaged) =>
+                {
+                    Err(error)
+                }
                 Err(error) => {
                     tracing::warn!(%pack, %error, "a repacked pack cannot be used: its chunks are stored again");
                     Ok(None)

@@ -8,11 +8,16 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use jiff::Timestamp;
 
-use crate::expire::marks::{MARKS_PREFIX, round_of};
-use crate::id::SessionId;
+use super::decision::decision_key;
+use crate::expire::marks::{MARKS_PREFIX, condemned_key, exists, round_of};
+use crate::id::{SessionId, SnapshotId};
+use crate::keys::session_key_object;
+use crate::refset::refset_key;
 use crate::store::{Store, StoreError};
-use crate::wire::{Fields, WireError};
+use crate::wire::{Fields, WireError, seal_hash, unseal_hash};
 
+/// Where registrations lie.
+pub(crate) const REGISTRATIONS_PREFIX: &str = "e/";
 const REGISTER_MAGIC: &[u8; 8] = b"LBREGI01";
 const PIN_MAGIC: &[u8; 8] = b"LBPINR01";
 const SEAL_MAGIC: &[u8; 8] = b"LBSEAL01";
@@ -62,6 +67,7 @@ impl Registered {
         if let Some(hash) = self.pinned {
             bytes.extend_from_slice(&hash);
         }
+        seal_hash(&mut bytes);
         bytes.into()
     }
 }
@@ -75,11 +81,11 @@ enum Slot {
 
 impl Slot {
     fn parse(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields::new(bytes);
-        let magic: [u8; 8] = fields.array()?;
-        if &magic == SEAL_MAGIC {
+        if bytes == SEAL_MAGIC {
             return Ok(Self::Seal);
         }
+        let mut fields = Fields::new(unseal_hash(bytes)?);
+        let magic: [u8; 8] = fields.array()?;
         let (session, since) = (SessionId(fields.array()?), fields.array().map(i64::from_le_bytes)?);
         let pinned = match &magic {
             REGISTER_MAGIC => None,
@@ -101,13 +107,15 @@ pub(crate) enum EpochError {
 }
 
 /// Takes the next free slot for the session.
+///
+/// A damaged slot is not passed over: it may have been the SEAL.
 pub(crate) async fn register(
     store: &dyn Store,
     lanes: u32,
     session: SessionId,
     now: Timestamp,
     pinned: Option<[u8; 32]>,
-) -> Result<Registration, StoreError> {
+) -> Result<Registration, EpochError> {
     let lane = u32::from_le_bytes([session.0[0], session.0[1], session.0[2], session.0[3]]) % lanes.max(1);
     let epoch = newest_listed_round(store).await?;
     let mut at = Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? };
@@ -117,12 +125,12 @@ pub(crate) async fn register(
         if store.put_if_absent(&key, record.clone().into()).await?.is_ours() {
             return Ok(at);
         }
-        let taken = store.get(&key, MAX_SLOT_BYTES).await?;
-        at = if taken.starts_with(SEAL_MAGIC) {
-            let epoch = at.epoch + 1;
-            Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? }
-        } else {
-            Registration { slot: at.slot + 1, ..at }
+        at = match taken(store, key).await? {
+            Slot::Seal => {
+                let epoch = at.epoch + 1;
+                Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? }
+            }
+            Slot::Registered(_) => Registration { slot: at.slot + 1, ..at },
         };
     }
 }
@@ -148,19 +156,19 @@ async fn last_listed_slot(store: &dyn Store, epoch: u64, lane: u32) -> Result<u6
 }
 
 /// Closes all lanes of an epoch: no session can register there any more.
-pub(crate) async fn seal_epoch(store: &dyn Store, lanes: u32, epoch: u64) -> Result<(), StoreError> {
+pub(crate) async fn seal_epoch(store: &dyn Store, lanes: u32, epoch: u64) -> Result<(), EpochError> {
     for lane in 0..lanes.max(1) {
         seal_lane(store, epoch, lane).await?;
     }
     Ok(())
 }
 
-async fn seal_lane(store: &dyn Store, epoch: u64, lane: u32) -> Result<(), StoreError> {
+async fn seal_lane(store: &dyn Store, epoch: u64, lane: u32) -> Result<(), EpochError> {
     let mut at = Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? };
     loop {
         let key = at.key();
         if store.put_if_absent(&key, SEAL_MAGIC.to_vec().into()).await?.is_ours()
-            || store.get(&key, MAX_SLOT_BYTES).await?.starts_with(SEAL_MAGIC)
+            || taken(store, key).await? == Slot::Seal
         {
             return Ok(());
         }
@@ -188,12 +196,44 @@ pub(crate) async fn registered(store: &dyn Store, lanes: u32, epoch: u64) -> Res
 }
 
 async fn read_slot(store: &dyn Store, at: Registration) -> Result<Option<Slot>, EpochError> {
-    let key = at.key();
-    match store.get(&key, MAX_SLOT_BYTES).await {
-        Ok(bytes) => Slot::parse(&bytes).map(Some).map_err(|source| EpochError::Damaged { key, source }),
-        Err(error) if error.is_not_found() => Ok(None),
-        Err(error) => Err(error.into()),
+    match taken(store, at.key()).await {
+        Err(EpochError::Store(error)) if error.is_not_found() => Ok(None),
+        slot => slot.map(Some),
     }
+}
+
+/// What a slot that is taken holds.
+async fn taken(store: &dyn Store, key: String) -> Result<Slot, EpochError> {
+    let bytes = store.get(&key, MAX_SLOT_BYTES).await?;
+    Slot::parse(&bytes).map_err(|source| EpochError::Damaged { key, source })
+}
+
+/// Checks what lies at a slot.
+pub(crate) fn verify(key: &str, bytes: &[u8]) -> Result<(), WireError> {
+    if Registration::parse(key).is_none() {
+        return Err(WireError { what: "the key is not one of a slot", at: 0 });
+    }
+    Slot::parse(bytes).map(drop)
+}
+
+/// Whether what a copy has in this slot is what was here, by what else is here: what a session stores under its name after
+/// it registered; the mark before a SEAL, and nothing behind it. A copy on which others worked has other sessions.
+pub(crate) async fn fits_others(store: &dyn Store, key: &str, bytes: &[u8]) -> Result<bool, StoreError> {
+    let (Some(at), Ok(slot)) = (Registration::parse(key), Slot::parse(bytes)) else { return Ok(false) };
+    let evidence = match slot {
+        Slot::Registered(found) => {
+            let name = found.session;
+            vec![session_key_object(name), decision_key(name), refset_key(SnapshotId(name.0), 0)]
+        }
+        Slot::Seal if exists(store, &Registration { slot: at.slot + 1, ..at }.key()).await? => return Ok(false),
+        Slot::Seal => vec![condemned_key(at.epoch + 1)],
+    };
+    for key in evidence {
+        if exists(store, &key).await? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]
@@ -240,12 +280,26 @@ mod tests {
         assert_eq!(found.iter().filter(|found| found.pinned.is_some()).count(), 1);
     }
 
+    #[tokio::test]
+    async fn nobody_registers_behind_a_seal_that_is_damaged() {
+        let store = Memory::new();
+        let first = take(&store, 1, SessionId::random()).await;
+        seal_epoch(&store, 1, 0).await.unwrap();
+        store.overwrite(&Registration { slot: first.slot + 1, ..first }.key(), Bytes::from_static(b"LBSEAL00"));
+        let refused = register(&store, 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await;
+        assert!(matches!(refused, Err(EpochError::Damaged { .. })), "{refused:?}");
+        assert!(seal_epoch(&store, 1, 0).await.is_err());
+    }
+
     #[test]
     fn damaged_slots_are_errors() {
         let bytes = Registered { session: SessionId([1; 16]), since: 7, pinned: None }.to_bytes();
         assert!(Slot::parse(&bytes).is_ok());
         for at in 0..bytes.len() {
             assert!(Slot::parse(&bytes[..at]).is_err());
+            let mut changed = bytes.to_vec();
+            changed[at] ^= 1;
+            assert!(Slot::parse(&changed).is_err());
         }
         assert!(Slot::parse(b"LBREGI99aaaaaaaaaaaaaaaaaaaaaaaa").is_err());
     }

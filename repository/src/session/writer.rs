@@ -10,15 +10,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
-use super::SessionError;
 use super::decision::{Commit, Decision, MAX_DECISION_BYTES, RefsetHash, decision_key};
 use super::heartbeat::beat;
 use super::mask::Mask;
 use super::references::References;
 use super::registration::{Registration, register};
+use super::{SessionError, marks_failed, not_registered};
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
-use crate::expire::marks::MarkError;
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use crate::index::{Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
@@ -143,7 +142,7 @@ impl Session {
         let id = SessionId::random();
         let registration = register(&*engine.store, engine.config.lanes, id, crate::clock::now(), None)
             .await
-            .map_err(|source| SessionError::Store { session: id, act: "register", source: Arc::new(source) })?;
+            .map_err(|error| not_registered(id, error))?;
         match Self::begin_registered(Arc::clone(&engine), id, registration, options).await {
             Ok(session) => Ok(session),
             Err(error) => {
@@ -172,6 +171,7 @@ impl Session {
             KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
         })?;
         engine.index.refresh().await.map_err(fail("load the index"))?;
+        engine.lost.refresh(&*engine.store).await.map_err(fail("load which chunks are lost"))?;
         let saw = engine.commits.heads();
         debug!(session = %id, epoch, lane, slot, masked = mask.packs.len(), purpose = options.purpose, "session registered");
         let shared = Arc::new(Shared {
@@ -303,18 +303,22 @@ impl Session {
         }
     }
 
+    /// Refers to a chunk that the repository has; `None`: it has to be put.
+    pub(crate) async fn refer_to_known(&self, id: ChunkId, len: u32) -> Result<Option<ChunkRef>, SessionError> {
+        let own = self.shared.usable()?.own.get(&id).copied();
+        let place = match own {
+            Some(place) => Some(place),
+            None => self.shared.find(&id, len as usize).await?,
+        };
+        Ok(place.map(|place| {
+            self.shared.refer(place);
+            ChunkRef { id, len, place }
+        }))
+    }
+
     async fn end_heartbeats(&self) {
         self.heartbeat.abort();
         self.shared.engine.remove_heartbeats(self.id()).await;
-    }
-}
-
-pub(super) fn marks_failed(session: SessionId, error: MarkError) -> SessionError {
-    match error {
-        MarkError::Store(source) => {
-            SessionError::Store { session, act: "read the marks of expiry", source: Arc::new(source) }
-        }
-        error @ MarkError::Damaged { .. } => SessionError::Marks { session, what: error.to_string() },
     }
 }
 
@@ -405,6 +409,11 @@ impl Shared {
         Ok(())
     }
 
+    /// Whether a reference to this place is good: expiry does not delete it, and the chunk is not lost.
+    fn may_refer(&self, place: Place) -> bool {
+        !self.mask.packs.contains(place.pack) && !self.engine.lost.covers(place)
+    }
+
     /// Where the repository has the chunk already, as the pack's own directory says.
     async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
         for place in self.engine.index.find(id) {
@@ -412,6 +421,9 @@ impl Shared {
                 continue;
             }
             match self.engine.directories.slot(place.pack, id).await {
+                Ok(Some((place, _, _))) if !self.may_refer(place) => {
+                    debug!(%place, "a chunk that expires or is lost is stored again");
+                }
                 Ok(Some((place, entry, _))) if entry.expected.plain_len as usize == plain_len => {
                     return Ok(Some(place));
                 }
@@ -566,9 +578,18 @@ impl ChunkSink for Session {
         Ok(Put { chunk: ChunkRef { id, len, place }, new: true, stored })
     }
 
+    fn knows_lost(&self) -> bool {
+        !self.shared.engine.lost.is_empty()
+    }
+
+    fn is_lost(&self, chunk: &ChunkRef) -> bool {
+        let place = self.shared.parent.get().and_then(|parent| parent.place(chunk));
+        self.shared.engine.lost.covers(place.unwrap_or(chunk.place))
+    }
+
     fn inherit(&self, chunk: &ChunkRef) -> bool {
         let place = self.shared.parent.get().and_then(|parent| parent.place(chunk));
-        match place.filter(|place| !self.shared.mask.packs.contains(place.pack)) {
+        match place.filter(|place| self.shared.may_refer(*place)) {
             Some(place) => {
                 self.shared.refer(place);
                 true

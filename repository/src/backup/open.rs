@@ -1,0 +1,79 @@
+//! Opens files to be read, reads from them, and says why one cannot be read. Stores nothing.
+
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{FileType, OFlags, fstat};
+use rustix::io::{Errno, pread};
+
+use super::compare::size_and_sparse;
+use super::read::Context;
+use crate::manifest::{self, Contents, Entry, Kind, Reason};
+use crate::meta;
+
+/// File systems keep times in steps of up to 10 ms. A file that was changed so shortly before it was read could be
+/// changed again with the same times; it is read again by the next backup.
+const TIME_STEP_MS: i128 = 20;
+
+pub(super) fn reason(error: Errno) -> Reason {
+    match error {
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP => Reason::Vanished,
+        other => Reason::Unreadable { error: std::io::Error::from(other).to_string() },
+    }
+}
+
+pub(super) fn reason_of(error: &std::io::Error) -> Reason {
+    match error.raw_os_error() {
+        Some(number) => reason(Errno::from_raw_os_error(number)),
+        None => Reason::Unreadable { error: error.to_string() },
+    }
+}
+
+/// Opens a file and brings its entry up to the state at this moment.
+pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reason> {
+    if let Some(hook) = &context.hooks.before_open {
+        hook(&entry.path);
+    }
+    let Some(root) = &context.root else { return Err(Reason::Vanished) };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    // Only the owner may leave the access time alone.
+    let file = root
+        .open_at(&entry.path, flags | OFlags::NOATIME)
+        .or_else(|error| match error.raw_os_error() {
+            Some(number) if number == Errno::PERM.raw_os_error() => root.open_at(&entry.path, flags),
+            _ => Err(error),
+        })
+        .map_err(|error| reason_of(&error))?;
+    let stat = fstat(&file).map_err(reason)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Reason::Vanished);
+    }
+    let found = meta::of_stat(&stat);
+    if (found.ctime, found.inode) != (entry.meta.ctime, entry.meta.inode) && entry.meta.inode != 0 {
+        let xattrs = meta::xattrs_of(&file).map_err(|error| reason_of(&error))?;
+        entry.meta = manifest::Meta { xattrs, ..found };
+    }
+    let changed_ms = i128::from(entry.meta.ctime.seconds) * 1000 + i128::from(entry.meta.ctime.nanoseconds / 1_000_000);
+    if (i128::from(crate::clock::now().as_millisecond()) - changed_ms).abs() < TIME_STEP_MS {
+        entry.meta.inode = 0;
+    }
+    if let Kind::Regular(regular) = &mut entry.kind {
+        (regular.size, regular.sparse) = size_and_sparse(&stat);
+        regular.contents = Contents::default();
+        regular.page_map = Contents::default();
+    }
+    Ok(file)
+}
+
+/// Reads until `buffer` is full.
+pub(super) fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reason> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match pread(file, &mut buffer[done..], offset + done as u64) {
+            Ok(0) => return Err(Reason::Shrunk),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(reason(error)),
+        }
+    }
+    Ok(())
+}
