@@ -31,6 +31,7 @@ pub(super) enum Todo {
     /// The file did not change: its lists of pieces are to be taken over.
     Inherit,
     /// The file is to be read. Whether the parent has it, with other content; and what it has of a file with a page map.
+    /// Its extended attributes are read with it: that is cheaper through an open file than by name.
     Read { changed: bool, before: Option<Box<Regular>> },
 }
 
@@ -133,25 +134,14 @@ impl Comparison {
         Ok(())
     }
 
-    /// The extended attributes; those of the parent if nothing about the inode changed.
-    fn xattrs(&mut self, found: &Visit<'_>, meta: &mut Meta, parent: Option<&Entry>) -> Result<(), Stopped> {
-        if let Some(Entry { meta: old, .. }) = parent
-            && old.inode == meta.inode
-            && old.ctime == meta.ctime
-        {
-            meta.xattrs.clone_from(&old.xattrs);
-            return Ok(());
-        }
+    /// The extended attributes, by name.
+    fn xattrs(&mut self, found: &Visit<'_>, meta: &mut Meta) -> Result<(), Stopped> {
         match meta::xattrs(Subject::Name(found.directory, found.name)) {
             Ok(xattrs) => meta.xattrs = xattrs,
             Err(error) => {
                 // The entry is kept without them, listed, and looked at again next time.
                 meta.inode = 0;
-                let reason = if error.raw_os_error() == Some(rustix::io::Errno::TOOBIG.raw_os_error()) {
-                    Reason::TooLarge
-                } else {
-                    Reason::Unreadable { error: format!("extended attributes: {error}") }
-                };
+                let reason = without_xattrs(&error);
                 self.push(Item::Skipped(Skipped { path: found.path.to_vec(), reason }))?;
             }
         }
@@ -206,6 +196,15 @@ pub(super) fn size_and_sparse(stat: &Stat) -> (u64, bool) {
     (size, blocks.saturating_mul(512) < size)
 }
 
+/// Why an entry is kept without its extended attributes.
+pub(super) fn without_xattrs(error: &io::Error) -> Reason {
+    if error.raw_os_error() == Some(rustix::io::Errno::TOOBIG.raw_os_error()) {
+        Reason::TooLarge
+    } else {
+        Reason::Unreadable { error: format!("extended attributes: {error}") }
+    }
+}
+
 fn unreadable(path: &[u8], error: &io::Error) -> Skipped {
     let reason = match error.kind() {
         io::ErrorKind::NotFound => Reason::Vanished,
@@ -223,7 +222,13 @@ impl Visitor for Comparison {
         }
         let parent = self.parent.seek(found.path);
         let mut meta = meta::of_stat(found.stat);
-        self.xattrs(found, &mut meta, parent.as_ref())?;
+        // Those of the parent if nothing about the inode changed.
+        let same = parent.as_ref().map(|parent| &parent.meta);
+        let same = same.filter(|old| (old.inode, old.ctime) == (meta.inode, meta.ctime));
+        let are_known = same.is_some();
+        if let Some(old) = same {
+            meta.xattrs.clone_from(&old.xattrs);
+        }
         let rdev = found.stat.st_rdev;
         let (kind, todo) = match found.file_type() {
             FileType::RegularFile => self.regular(found, &meta, parent)?,
@@ -241,6 +246,9 @@ impl Visitor for Comparison {
                 return self.skip(Skipped { path: found.path.to_vec(), reason });
             }
         };
+        if !are_known && !matches!(todo, Todo::Read { .. }) {
+            self.xattrs(found, &mut meta)?;
+        }
         self.push(Item::Entry(Entry { path: found.path.to_vec(), meta, kind }, todo))
     }
 

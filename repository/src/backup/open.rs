@@ -5,9 +5,9 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::{Errno, pread};
 
-use super::compare::size_and_sparse;
+use super::compare::{size_and_sparse, without_xattrs};
 use super::read::Context;
-use crate::manifest::{self, Contents, Entry, Kind, Reason};
+use crate::manifest::{Contents, Entry, Kind, Reason};
 use crate::meta;
 
 /// File systems keep times in steps of up to 10 ms. A file that was changed so shortly before it was read could be
@@ -21,15 +21,22 @@ pub(super) fn reason(error: Errno) -> Reason {
     }
 }
 
-pub(super) fn reason_of(error: &std::io::Error) -> Reason {
+fn reason_of(error: &std::io::Error) -> Reason {
     match error.raw_os_error() {
         Some(number) => reason(Errno::from_raw_os_error(number)),
         None => Reason::Unreadable { error: error.to_string() },
     }
 }
 
-/// Opens a file and brings its entry up to the state at this moment.
-pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reason> {
+/// A file that was opened to be read.
+pub(super) struct Opened {
+    pub(super) file: OwnedFd,
+    /// Why its entry lacks the extended attributes, if it does.
+    pub(super) without_xattrs: Option<Reason>,
+}
+
+/// Opens a file and brings its entry up to the state at this moment, extended attributes included.
+pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<Opened, Reason> {
     if let Some(hook) = &context.hooks.before_open {
         hook(&entry.path);
     }
@@ -49,8 +56,16 @@ pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reas
     }
     let found = meta::of_stat(&stat);
     if (found.ctime, found.inode) != (entry.meta.ctime, entry.meta.inode) && entry.meta.inode != 0 {
-        let xattrs = meta::xattrs_of(&file).map_err(|error| reason_of(&error))?;
-        entry.meta = manifest::Meta { xattrs, ..found };
+        entry.meta = found;
+    }
+    let mut without = None;
+    match meta::xattrs_of(&file) {
+        Ok(xattrs) => entry.meta.xattrs = xattrs,
+        Err(error) => {
+            // The entry is kept without them, listed, and looked at again next time.
+            entry.meta.inode = 0;
+            without = Some(without_xattrs(&error));
+        }
     }
     let changed_ms = i128::from(entry.meta.ctime.seconds) * 1000 + i128::from(entry.meta.ctime.nanoseconds / 1_000_000);
     if (i128::from(crate::clock::now().as_millisecond()) - changed_ms).abs() < TIME_STEP_MS {
@@ -61,7 +76,7 @@ pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<OwnedFd, Reas
         regular.contents = Contents::default();
         regular.page_map = Contents::default();
     }
-    Ok(file)
+    Ok(Opened { file, without_xattrs: without })
 }
 
 /// Reads until `buffer` is full.

@@ -17,7 +17,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::BackupError;
 use super::compare::{Item, Todo};
 use super::inherit::{has_lost, inherit_lists};
-use super::open::{open, read_full};
+use super::open::{Opened, open, read_full};
 use super::pages::{Before, MAPPED_BYTES, MapPart, PageMap, Run, WINDOW_BYTES, join};
 use crate::beneath::Beneath;
 use crate::chunk::Chunker;
@@ -151,47 +151,63 @@ pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<V
     };
     let group = match <[Item; 1]>::try_from(group) {
         Ok([Item::Entry(entry, todo)]) if is_large(&entry, &todo) => {
-            return Ok(vec![resolve_large(&context, entry, todo).await?]);
+            let mut outcomes = Vec::new();
+            resolve_large(&context, entry, todo, &mut outcomes).await?;
+            return Ok(outcomes);
         }
         Ok([item]) => vec![item],
         Err(group) => group,
     };
     let reading = Arc::clone(&context);
-    let small = spawn_blocking(move || group.into_iter().map(|item| read_small(&reading, item)).collect::<Vec<_>>());
-    let mut outcomes = Vec::new();
-    for read in small.await.map_err(BackupError::Worker)? {
-        outcomes.push(match read {
-            Ok(outcome) => outcome,
+    let small = spawn_blocking(move || {
+        let mut read = Vec::with_capacity(group.len());
+        group.into_iter().for_each(|item| read_small(&reading, item, &mut read));
+        read
+    });
+    let small = small.await.map_err(BackupError::Worker)?;
+    let mut outcomes = Vec::with_capacity(small.len());
+    for read in small {
+        match read {
+            Ok(outcome) => outcomes.push(outcome),
             // It grew since the walk.
-            Err(entry) => resolve_large(&context, *entry, Todo::Read { changed: true, before: None }).await?,
-        });
+            Err(entry) => {
+                let todo = Todo::Read { changed: true, before: None };
+                resolve_large(&context, *entry, todo, &mut outcomes).await?;
+            }
+        }
     }
     Ok(outcomes)
 }
 
-async fn resolve_large(context: &Arc<Context>, entry: Entry, todo: Todo) -> Result<Outcome, BackupError> {
+async fn resolve_large(
+    context: &Arc<Context>,
+    entry: Entry,
+    todo: Todo,
+    outcomes: &mut Vec<Outcome>,
+) -> Result<(), BackupError> {
     let before = match todo {
         Todo::Inherit if inherit_lists(context, &entry).await? => {
             context.progress.add_bytes(entry.size());
-            return Ok(Outcome::Done(entry));
+            outcomes.push(Outcome::Done(entry));
+            return Ok(());
         }
         Todo::Read { before: Some(before), .. } if !has_lost(context, &before).await? => Some(before),
         _ => None,
     };
-    read_large(context, entry, before.map(|before| *before)).await
+    read_large(context, entry, before.map(|before| *before), outcomes).await
 }
 
-/// Reads an item if it is small; gives it back if it is not (any more).
-fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
+/// Reads an item if it is small; gives it back if it is not (any more). What is listed comes before its entry.
+fn read_small(context: &Context, item: Item, outcomes: &mut Vec<Result<Outcome, Box<Entry>>>) {
     let (mut entry, changed) = match item {
-        Item::Skipped(skipped) => return Ok(Outcome::Skipped(skipped)),
+        Item::Skipped(skipped) => return outcomes.push(Ok(Outcome::Skipped(skipped))),
         Item::Entry(entry, Todo::Read { changed, .. }) => (entry, changed),
         Item::Entry(entry, _) => {
             context.progress.add_bytes(entry.size());
-            return Ok(Outcome::Done(entry));
+            return outcomes.push(Ok(Outcome::Done(entry)));
         }
     };
-    let read = open(context, &mut entry).and_then(|file| {
+    let read = open(context, &mut entry).and_then(|Opened { file, without_xattrs }| {
         let size = entry.size();
         if size >= SMALL_BYTES {
             return Ok(None);
@@ -201,20 +217,25 @@ fn read_small(context: &Context, item: Item) -> Result<Outcome, Box<Entry>> {
         }
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
         read_full(&file, &mut bytes, 0)?;
-        Ok(Some(bytes))
+        Ok(Some((bytes, without_xattrs)))
     });
-    match read {
-        Ok(Some(bytes)) => {
+    let outcome = match read {
+        Ok(Some((bytes, without_xattrs))) => {
             context.read_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             context.progress.add_bytes(bytes.len() as u64);
-            if bytes.is_empty() {
-                return Ok(Outcome::Done(entry));
+            if let Some(reason) = without_xattrs {
+                outcomes.push(Ok(Outcome::Skipped(Skipped { path: entry.path.clone(), reason })));
             }
-            Ok(Outcome::Small { entry, bytes: bytes.into(), changed })
+            Ok(if bytes.is_empty() {
+                Outcome::Done(entry)
+            } else {
+                Outcome::Small { entry, bytes: bytes.into(), changed }
+            })
         }
         Ok(None) => Err(Box::new(entry)),
         Err(reason) => Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
-    }
+    };
+    outcomes.push(outcome);
 }
 
 /// A piece that is not stored yet.
@@ -420,7 +441,12 @@ impl LargeFile {
     }
 }
 
-async fn read_large(context: &Arc<Context>, mut entry: Entry, before: Option<Regular>) -> Result<Outcome, BackupError> {
+async fn read_large(
+    context: &Arc<Context>,
+    mut entry: Entry,
+    before: Option<Regular>,
+    outcomes: &mut Vec<Outcome>,
+) -> Result<(), BackupError> {
     let _stream = context.streams.acquire().await.map_err(|_| BackupError::Cancelled)?;
     context.progress.set_current(&entry.path);
     let opening = Arc::clone(context);
@@ -430,11 +456,17 @@ async fn read_large(context: &Arc<Context>, mut entry: Entry, before: Option<Reg
     })
     .await
     .map_err(BackupError::Worker)?;
-    let file = match opened {
-        Ok(file) => file,
-        Err(reason) => return Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
+    let Opened { file, without_xattrs } = match opened {
+        Ok(opened) => opened,
+        Err(reason) => {
+            outcomes.push(Outcome::Skipped(Skipped { path: entry.path, reason }));
+            return Ok(());
+        }
     };
-    let Kind::Regular(Regular { size, sparse, .. }) = entry.kind else { return Ok(Outcome::Done(entry)) };
+    let Kind::Regular(Regular { size, sparse, .. }) = entry.kind else {
+        outcomes.push(Outcome::Done(entry));
+        return Ok(());
+    };
     advise(&file, Advice::Sequential);
     let (path, buffer) = (entry.path.clone(), ReadBuffer::new(context.chunker.max(), size));
     let map = (size >= MAPPED_BYTES).then(|| PageMap::new(&*context.sink, size));
@@ -445,10 +477,14 @@ async fn read_large(context: &Arc<Context>, mut entry: Entry, before: Option<Reg
             if let Kind::Regular(regular) = &mut entry.kind {
                 (regular.contents, regular.page_map) = (contents, page_map);
             }
-            Ok(Outcome::Done(entry))
+            if let Some(reason) = without_xattrs {
+                outcomes.push(Outcome::Skipped(Skipped { path: entry.path.clone(), reason }));
+            }
+            outcomes.push(Outcome::Done(entry));
         }
-        Err(reason) => Ok(Outcome::Skipped(Skipped { path: entry.path, reason })),
+        Err(reason) => outcomes.push(Outcome::Skipped(Skipped { path: entry.path, reason })),
     }
+    Ok(())
 }
 
 /// Advice makes reading faster and keeps the page cache for others; it may fail.
