@@ -17,7 +17,7 @@ use crate::meta::{self, Subject};
 use crate::walk::{Visit, Visitor};
 
 /// Entries that are handed on together.
-const GROUP_ENTRIES: usize = 64;
+const GROUP_ENTRIES: usize = 256;
 /// Bytes of small files that are handed on together.
 const GROUP_BYTES: u64 = 512 << 10;
 /// Bytes of paths that are remembered to find other names of a file.

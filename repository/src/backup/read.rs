@@ -159,12 +159,16 @@ pub(super) async fn resolve(context: Arc<Context>, group: Vec<Item>) -> Result<V
         Err(group) => group,
     };
     let reading = Arc::clone(&context);
-    let small = spawn_blocking(move || {
+    let needs_reading = group.iter().any(|item| matches!(item, Item::Entry(_, Todo::Read { .. })));
+    let work = move || {
         let mut read = Vec::with_capacity(group.len());
-        group.into_iter().for_each(|item| read_small(&reading, item, &mut read));
+        for item in group {
+            read_small(&reading, item, &mut read);
+        }
         read
-    });
-    let small = small.await.map_err(BackupError::Worker)?;
+    };
+    // What is complete needs no thread that may block.
+    let small = if needs_reading { spawn_blocking(work).await.map_err(BackupError::Worker)? } else { work() };
     let mut outcomes = Vec::with_capacity(small.len());
     for read in small {
         match read {
