@@ -127,6 +127,8 @@ pub(super) struct Shared {
     metadata_counter: AtomicU64,
     writing: Mutex<Writing>,
     budget: Arc<Semaphore>,
+    /// Frames that are compressed and sealed at once: as many as there are cores.
+    sealers: Semaphore,
     counters: Counters,
 }
 
@@ -183,6 +185,7 @@ impl Session {
             metadata_counter: AtomicU64::new(0),
             writing: Mutex::default(),
             budget: Arc::new(Semaphore::new(BUDGET_BYTES / PERMIT_BYTES)),
+            sealers: Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
             counters: Counters::default(),
             engine,
         });
@@ -483,9 +486,12 @@ impl Shared {
             seal_frame(cipher, counter, kind, id, &plain, ZSTD_LEVEL)
                 .map_err(|_| SessionError::Seal { session, what: "a chunk" })
         };
+        // More at once would only take turns, each with a compression context of its own.
+        let sealer = self.sealers.acquire().await.map_err(|_| SessionError::Closed { session })?;
         let frame = tokio::task::spawn_blocking(seal)
             .await
             .map_err(|error| SessionError::Worker { session, what: error.to_string() })??;
+        drop(sealer);
         // What compression saved goes back to the budget; the rest is held until the pack is uploaded.
         if let Some(saved) = permit.num_permits().checked_sub(frame.bytes.len() / PERMIT_BYTES + 1) {
             drop(permit.split(saved));
