@@ -134,7 +134,13 @@ impl Reader {
 
     /// Opens a frame; if it is damaged, a copy of the chunk in another pack, if there is one.
     async fn open(&self, located: Located, frame: Bytes) -> Result<Bytes, ReadError> {
-        let error = match self.open_at(located, frame).await {
+        let opened = self.open_at(located, frame).await;
+        self.or_copy(located, opened).await
+    }
+
+    /// What was opened, or instead of a damaged frame a copy of the chunk in another pack, if there is one.
+    async fn or_copy(&self, located: Located, opened: Result<Bytes, ReadError>) -> Result<Bytes, ReadError> {
+        let error = match opened {
             Err(error @ ReadError::DamagedChunk { .. }) => error,
             opened => return opened,
         };
@@ -150,18 +156,7 @@ impl Reader {
     async fn open_at(&self, located: Located, frame: Bytes) -> Result<Bytes, ReadError> {
         let ciphers = self.ciphers(&located).await?;
         let engine = Arc::clone(&self.engine);
-        let open = move || {
-            let Located { place, entry, .. } = located;
-            let cipher = ciphers.frame(entry.expected.kind).ok_or(ReadError::NoPrivateKey)?;
-            open_frame(cipher, &entry.expected, &frame, |plain| engine.chunk_id(plain)).map(Bytes::from).map_err(
-                |error| ReadError::DamagedChunk {
-                    id: entry.expected.id,
-                    place,
-                    offset: u64::from(entry.offset),
-                    what: error.what(),
-                },
-            )
-        };
+        let open = move || open_with(&engine, &ciphers, located, &frame);
         tokio::task::spawn_blocking(open).await.map_err(|error| ReadError::Worker { what: error.to_string() })?
     }
 
@@ -183,13 +178,30 @@ impl Reader {
             }
             Err(error) => return read.frames.iter().map(|_| Err(error.clone())).collect(),
         };
-        let mut opened = Vec::with_capacity(read.frames.len());
+        let mut frames = Vec::with_capacity(read.frames.len());
         for Wanted { range, number, .. } in read.frames {
             let (index, located) = located[number];
             // The plan made the read from these very ranges.
             let at = usize::try_from(range.start - read.range.start).unwrap_or(usize::MAX);
             let frame = bytes.slice(at..at + located.entry.len as usize);
-            opened.push(self.open(located, frame).await.map(|plain| (index, plain)));
+            frames.push((index, located, frame, self.ciphers(&located).await));
+        }
+        // All of them by one worker: a hop between threads for each costs as much as opening a small one.
+        let engine = Arc::clone(&self.engine);
+        let open = move || {
+            let open = |(index, located, frame, ciphers): (usize, Located, Bytes, Result<Arc<_>, _>)| {
+                let plain = ciphers.and_then(|ciphers| open_with(&engine, &ciphers, located, &frame));
+                (index, located, plain)
+            };
+            frames.into_iter().map(open).collect::<Vec<_>>()
+        };
+        let ended = match tokio::task::spawn_blocking(open).await {
+            Ok(ended) => ended,
+            Err(error) => return vec![Err(ReadError::Worker { what: error.to_string() })],
+        };
+        let mut opened = Vec::with_capacity(ended.len());
+        for (index, located, plain) in ended {
+            opened.push(self.or_copy(located, plain).await.map(|plain| (index, plain)));
         }
         opened
     }
@@ -225,6 +237,15 @@ impl Reader {
             });
         failed.chain(reads).boxed()
     }
+}
+
+/// Opens a frame and verifies it. Takes the time of decryption, decompression and hashing.
+fn open_with(engine: &Engine, ciphers: &SessionCiphers, located: Located, frame: &[u8]) -> Result<Bytes, ReadError> {
+    let Located { place, entry, .. } = located;
+    let cipher = ciphers.frame(entry.expected.kind).ok_or(ReadError::NoPrivateKey)?;
+    open_frame(cipher, &entry.expected, frame, |plain| engine.chunk_id(plain)).map(Bytes::from).map_err(|error| {
+        ReadError::DamagedChunk { id: entry.expected.id, place, offset: u64::from(entry.offset), what: error.what() }
+    })
 }
 
 /// Whether the pack was deleted: its living chunks were moved.
