@@ -19,6 +19,13 @@ pub(super) struct Target {
     pub(super) options: RestoreOptions,
     pub(super) progress: Arc<Progress>,
     outcome: Mutex<Outcome>,
+    /// The directory of the file that was made last: the next one is nearly always in it.
+    last: Mutex<Option<LastDirectory>>,
+}
+
+struct LastDirectory {
+    path: Vec<u8>,
+    directory: Arc<OwnedFd>,
 }
 
 #[derive(Default)]
@@ -31,7 +38,7 @@ struct Outcome {
 
 impl Target {
     pub(super) fn new(beneath: Beneath, options: RestoreOptions, progress: Arc<Progress>) -> Self {
-        Self { beneath, options, progress, outcome: Mutex::default() }
+        Self { beneath, options, progress, outcome: Mutex::default(), last: Mutex::default() }
     }
 
     fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {
@@ -108,10 +115,20 @@ impl Target {
         }
     }
 
+    fn directory(&self, path: &[u8]) -> io::Result<Arc<OwnedFd>> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = last.as_ref().filter(|last| last.path == path) {
+            return Ok(Arc::clone(&last.directory));
+        }
+        let directory = Arc::new(self.beneath.open_dir(path)?);
+        *last = Some(LastDirectory { path: path.to_vec(), directory: Arc::clone(&directory) });
+        Ok(directory)
+    }
+
     /// Makes a new empty file that nobody else can open yet.
     pub(super) fn create_file(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let (parent, name) = crate::manifest::split_path(path);
-        let directory = self.beneath.open_dir(parent)?;
+        let directory = self.directory(parent)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         self.make(&directory, name, || openat(&directory, name, flags, Mode::RUSR | Mode::WUSR))
     }
