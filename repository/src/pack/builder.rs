@@ -132,7 +132,7 @@ mod tests {
     fn pack_of(chunks: &[&[u8]], data: &Cipher, structure: &Cipher) -> SealedPack {
         let mut builder = PackBuilder::new(PackId { session: SessionId::random(), seq: 5 }, PackKind::Data);
         for (counter, plain) in (0..).zip(chunks) {
-            let frame = seal_frame(data, counter, ChunkKind::Data, id_of(plain), plain, 1).unwrap();
+            let frame = seal_frame(data, counter, ChunkKind::Data, id_of(plain), plain, Some(1)).unwrap();
             assert_eq!(u32::from(builder.push(frame)), counter);
         }
         builder.seal(structure).unwrap()

@@ -91,29 +91,34 @@ fn aad(id: ChunkId, plain_len: u32, kind: ChunkKind) -> [u8; 37] {
 }
 
 /// A gain below this share is not worth the time that decompression takes: 3%.
-fn is_worth_it(compressed: usize, plain: usize) -> bool {
+pub(super) fn is_worth_it(compressed: usize, plain: usize) -> bool {
     compressed < plain - plain / 32
 }
 
-/// Compresses if it pays, then seals. `counter` must be new under the cipher's key.
+/// Compresses if it pays, then seals. `counter` must be new under the cipher's key. Without a level it is not tried.
 pub(crate) fn seal_frame(
     cipher: &Cipher,
     counter: u32,
     kind: ChunkKind,
     id: ChunkId,
     plain: &[u8],
-    level: i32,
+    level: Option<i32>,
 ) -> Result<SealedFrame, FrameError> {
     let plain_len = u32::try_from(plain.len()).map_err(|_| FrameError::Length)?;
-    let (codec, mut bytes) = squeeze::compress(plain, level, |compressed| {
-        let (codec, packed) =
-            if is_worth_it(compressed.len(), plain.len()) { (Codec::Zstd, compressed) } else { (Codec::Raw, plain) };
-        // As many bytes as will be kept: a frame waits in its pack until that is uploaded.
+    // As many bytes as will be kept: a frame waits in its pack until that is uploaded.
+    let keep = |codec, packed: &[u8]| {
         let mut bytes = Vec::with_capacity(packed.len() + TAG_BYTES);
         bytes.extend_from_slice(packed);
         (codec, bytes)
-    })
-    .map_err(|_| FrameError::Seal)?;
+    };
+    let (codec, mut bytes) = match level {
+        None => keep(Codec::Raw, plain),
+        Some(level) => squeeze::compress(plain, level, |compressed| {
+            let pays = is_worth_it(compressed.len(), plain.len());
+            if pays { keep(Codec::Zstd, compressed) } else { keep(Codec::Raw, plain) }
+        })
+        .map_err(|_| FrameError::Seal)?,
+    };
     cipher
         .seal(Purpose::Frame, u64::from(counter), &aad(id, plain_len, kind), &mut bytes)
         .map_err(|_: CryptoError| FrameError::Seal)?;
@@ -172,7 +177,7 @@ mod tests {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
         let noise: Vec<u8> = (0..1000).map(|_| rand::random()).collect();
         for plain in [&b""[..], &[0; 5000], &noise] {
-            let frame = seal_frame(&cipher, 3, ChunkKind::Data, id_of(plain), plain, 1).unwrap();
+            let frame = seal_frame(&cipher, 3, ChunkKind::Data, id_of(plain), plain, Some(1)).unwrap();
             let expected = Expected {
                 id: frame.id,
                 kind: frame.kind,
@@ -194,7 +199,7 @@ mod tests {
     #[test]
     fn wrong_content_under_an_id_is_found() {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
-        let frame = seal_frame(&cipher, 0, ChunkKind::Data, id_of(b"good"), b"evil", 1).unwrap();
+        let frame = seal_frame(&cipher, 0, ChunkKind::Data, id_of(b"good"), b"evil", Some(1)).unwrap();
         let expected = Expected { id: frame.id, kind: frame.kind, codec: frame.codec, plain_len: 4, counter: 0 };
         assert_eq!(open_frame(&cipher, &expected, &frame.bytes, id_of), Err(FrameError::Id));
     }
@@ -203,9 +208,9 @@ mod tests {
     fn noise_is_stored_raw() {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
         let noise: Vec<u8> = (0..4096).map(|_| rand::random()).collect();
-        assert_eq!(seal_frame(&cipher, 0, ChunkKind::Data, id_of(&noise), &noise, 1).unwrap().codec, Codec::Raw);
+        assert_eq!(seal_frame(&cipher, 0, ChunkKind::Data, id_of(&noise), &noise, Some(1)).unwrap().codec, Codec::Raw);
         assert_eq!(
-            seal_frame(&cipher, 0, ChunkKind::Data, id_of(&[0; 4096]), &[0; 4096], 1).unwrap().codec,
+            seal_frame(&cipher, 0, ChunkKind::Data, id_of(&[0; 4096]), &[0; 4096], Some(1)).unwrap().codec,
             Codec::Zstd
         );
     }

@@ -21,7 +21,7 @@ use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use crate::index::{Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
-use crate::pack::{PackBuilder, PackKind, SealedFrame, seal_frame};
+use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, seal_frame};
 use crate::refset::{Refset, refset_key};
 use crate::sink::{ChunkKind, ChunkSink, MAX_CHUNK_BYTES, Put};
 use crate::snapshot::{NewSnapshot, Snapshot};
@@ -129,6 +129,8 @@ pub(super) struct Shared {
     budget: Arc<Semaphore>,
     /// Frames that are compressed and sealed at once: as many as there are cores.
     sealers: Semaphore,
+    /// Whether data compresses at all.
+    experience: Arc<Experience>,
     counters: Counters,
 }
 
@@ -186,6 +188,7 @@ impl Session {
             writing: Mutex::default(),
             budget: Arc::new(Semaphore::new(BUDGET_BYTES / PERMIT_BYTES)),
             sealers: Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+            experience: Arc::default(),
             counters: Counters::default(),
             engine,
         });
@@ -481,10 +484,16 @@ impl Shared {
             Arc::clone(&self.budget).acquire_many_owned(permits).await.map_err(|_| SessionError::Closed { session })?;
         let counter = self.count(kind)?;
         let ciphers = Arc::clone(&self.ciphers);
+        let experience = (!kind.is_metadata()).then(|| Arc::clone(&self.experience));
         let seal = move || {
-            let cipher = ciphers.frame(kind).ok_or(SessionError::Seal { session, what: "a chunk" })?;
-            seal_frame(cipher, counter, kind, id, &plain, ZSTD_LEVEL)
-                .map_err(|_| SessionError::Seal { session, what: "a chunk" })
+            let fail = SessionError::Seal { session, what: "a chunk" };
+            let Some(cipher) = ciphers.frame(kind) else { return Err(fail) };
+            let level = experience.as_ref().map_or(Some(ZSTD_LEVEL), |experience| experience.level(&plain, ZSTD_LEVEL));
+            let frame = seal_frame(cipher, counter, kind, id, &plain, level).map_err(|_| fail)?;
+            if let Some(experience) = experience {
+                experience.note(frame.codec);
+            }
+            Ok(frame)
         };
         // More at once would only take turns, each with a compression context of its own.
         let sealer = self.sealers.acquire().await.map_err(|_| SessionError::Closed { session })?;
