@@ -43,7 +43,7 @@ fn aad(pack: PackId) -> [u8; 20] {
 impl Directory {
     pub(crate) fn new(origins: Vec<SessionId>, slots: Vec<SlotEntry>) -> Self {
         // Slots are at most 2^16: the layout refuses more.
-        let by_id = (0u16..).zip(&slots).map(|(number, slot)| (slot.expected.id, number)).collect();
+        let by_id = (0..=u16::MAX).zip(&slots).map(|(number, slot)| (slot.expected.id, number)).collect();
         Self { origins, slots, by_id }
     }
 
