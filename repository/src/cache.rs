@@ -24,6 +24,11 @@ impl ObjectCache {
         Self { directory: directory.map(|directory| directory.join(repository.to_string())) }
     }
 
+    /// Where it is kept.
+    pub(crate) fn directory(&self) -> Option<PathBuf> {
+        self.directory.clone()
+    }
+
     fn path(&self, key: &str) -> Option<PathBuf> {
         self.directory.as_ref().map(|directory| directory.join(key))
     }

@@ -1,7 +1,8 @@
 //! Pack directories, fetched by one small read each and kept within a budget.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::{Weighter, sync::Cache};
 use thiserror::Error;
@@ -16,6 +17,9 @@ use crate::wire::WireError;
 const BUDGET_BYTES: u64 = 32 << 20;
 /// A read of this many bytes at a pack's end has the whole directory of nearly every pack.
 const TAIL_BYTES: u64 = 64 << 10;
+
+/// Directories that are asked before the index.
+const RECENT: usize = 16;
 
 /// A directory that cannot be had.
 #[derive(Debug, Error)]
@@ -45,11 +49,14 @@ pub(crate) struct Directories {
     /// By the number of renewals before the fetch, so that what was fetched before the last is not used after it.
     cache: Cache<(u64, PackId), Arc<Directory>, ByMemory>,
     renewals: AtomicU64,
+    /// Those that had an answer last, newest first.
+    recent: Mutex<VecDeque<(u64, PackId, Arc<Directory>)>>,
 }
 
 impl Directories {
     pub(crate) fn new(store: Arc<dyn Store>, keys: Arc<KeyRing>) -> Self {
-        Self { store, keys, cache: Cache::with_weighter(4096, BUDGET_BYTES, ByMemory), renewals: AtomicU64::new(0) }
+        let cache = Cache::with_weighter(4096, BUDGET_BYTES, ByMemory);
+        Self { store, keys, cache, renewals: AtomicU64::new(0), recent: Mutex::default() }
     }
 
     /// From now on a directory that is given proves that its pack existed after this call: others may have been
@@ -70,9 +77,34 @@ impl Directories {
         pack: PackId,
         id: &ChunkId,
     ) -> Result<Option<(Place, SlotEntry, Arc<Directory>)>, DirectoryError> {
+        let renewals = self.renewals.load(Ordering::SeqCst);
         let directory = self.get(pack).await?;
         let found = directory.find(id).map(|(slot, entry)| (Place { pack, slot }, *entry));
+        if found.is_some() {
+            self.remember(renewals, pack, &directory);
+        }
         Ok(found.map(|(place, entry)| (place, entry, directory)))
+    }
+
+    /// Where the chunk lies in the packs that had the last answers since the last renewal.
+    pub(crate) fn recent(&self, id: &ChunkId) -> Vec<(Place, SlotEntry)> {
+        let renewals = self.renewals.load(Ordering::SeqCst);
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = recent.iter().filter(|(when, ..)| *when == renewals).filter_map(|(_, pack, directory)| {
+            directory.find(id).map(|(slot, entry)| (Place { pack: *pack, slot }, *entry))
+        });
+        found.collect()
+    }
+
+    fn remember(&self, renewals: u64, pack: PackId, directory: &Arc<Directory>) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        match recent.iter().position(|(when, known, _)| (*when, *known) == (renewals, pack)) {
+            Some(at) => recent.swap(0, at),
+            None => {
+                recent.push_front((renewals, pack, Arc::clone(directory)));
+                recent.truncate(RECENT);
+            }
+        }
     }
 
     async fn fetch(&self, pack: PackId) -> Result<Arc<Directory>, DirectoryError> {

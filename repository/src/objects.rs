@@ -7,7 +7,7 @@ use crate::config::{CONFIG_KEY, Config, MAX_CONFIG_BYTES};
 use crate::expire::marks::{self, MARKS_PREFIX, MAX_MARK_BYTES, TOMBSTONE_PREFIX};
 use crate::heal::{self, LOST_PREFIX, MAX_STAGED_BYTES, STAGING_PREFIX, Staged};
 use crate::id::SessionId;
-use crate::index::{INDEX_PREFIX, MAX_SEGMENT_BYTES, SEAL_MAGIC, Segment, parse_segment_key};
+use crate::index::{self, INDEX_PREFIX, MAX_SEGMENT_BYTES, SEAL_MAGIC, Segment, parse_segment_key};
 use crate::keys::{KEYS_PREFIX, MAX_SLOT_BYTES, SessionKeys, Slot};
 use crate::pack::{MAX_PACK_BYTES, parse_header, parse_pack_key, verify_hash};
 use crate::refset::{MAX_REFSET_BYTES, Refset, parse_refset_key};
@@ -24,6 +24,9 @@ pub(crate) fn limit(key: &str) -> u64 {
         Some("keys" | "k" | "e" | "hb" | "t") => MAX_SLOT_BYTES,
         Some("p") => MAX_PACK_BYTES,
         Some("x0") => MAX_SEGMENT_BYTES,
+        Some("x1") => index::MAX_PART_BYTES,
+        Some("xl") => index::MAX_LIST_BYTES,
+        Some("xv") => index::MAX_VERSION_BYTES,
         Some("r" | "b") => MAX_REFSET_BYTES,
         Some("g") => MAX_MARK_BYTES,
         Some("h") => MAX_STAGED_BYTES,
@@ -61,6 +64,12 @@ pub(crate) fn verify(key: &str, bytes: &bytes::Bytes) -> Result<(), String> {
             return Ok(());
         }
         return Segment::parse(session, bytes.clone()).map(drop).map_err(text);
+    }
+    if key.starts_with(index::PARTS_PREFIX) {
+        return index::verify_part(bytes).map_err(text);
+    }
+    if key.starts_with(index::LISTS_PREFIX) || key.starts_with(index::VERSIONS_PREFIX) {
+        return index::verify_version(key, bytes).map_err(text);
     }
     if key.starts_with("r/") {
         let (snapshot, version) = parse_refset_key(key).ok_or_else(stray)?;
@@ -119,13 +128,16 @@ mod tests {
             (format!("b/{SESSION}"), [&b"LBREFS01"[..], &id, &[0; 4]].concat()),
             (format!("h/{SESSION}"), b"LBHEAL01".to_vec()),
             (format!("hb/{SESSION}/00000000"), b"2026-".to_vec()),
+            (format!("x1/{:010}/{SESSION}", 1), b"LBINDX02".to_vec()),
+            (format!("xv/{:010}", 1), b"LBXVER01\x01\0\0\0\0\0\0\0".to_vec()),
+            (format!("xl/{:010}/{SESSION}", 1), b"LBXLST01\x01\0\0\0\0\0\0\0".to_vec()),
         ]
     }
 
     proptest! {
         // A hash keeps accidents out, not an attacker: he can compute one that fits.
         #[test]
-        fn hostile_objects_never_panic(kind in 0usize..17, body in proptest::collection::vec(any::<u8>(), 0..300), hashed: bool) {
+        fn hostile_objects_never_panic(kind in 0usize..20, body in proptest::collection::vec(any::<u8>(), 0..300), hashed: bool) {
             let (key, mut bytes) = kinds().swap_remove(kind);
             bytes.extend_from_slice(&body);
             if hashed {

@@ -14,6 +14,7 @@ use crate::crypto::CryptoError;
 use crate::directories::Directories;
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
+use crate::expire::marks::MarkKey;
 use crate::heal::Lost;
 use crate::id::{RepositoryId, SessionId, SnapshotId};
 use crate::index::Index;
@@ -250,7 +251,7 @@ impl Repository {
         let keys = Arc::new(KeyRing::new(Arc::clone(&store), cache.clone(), domain, slot));
         Ok(Self {
             engine: Arc::new(Engine {
-                index: Index::new(Arc::clone(&store), cache.clone()),
+                index: Index::new(Arc::clone(&store), cache.clone(), MarkKey::new(keys.domain().structure.bytes())),
                 directories: Directories::new(Arc::clone(&store), Arc::clone(&keys)),
                 commits: CommitLog::new(Arc::clone(&store), cache.clone(), Arc::clone(&keys)),
                 lost: Lost::default(),

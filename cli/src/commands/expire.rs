@@ -25,6 +25,7 @@ pub(crate) async fn run(global: &Global, options: &Expire) -> Result<u8> {
         patience: options.wait,
         repack_budget: options.repack_budget,
         dry_run: options.dry_run,
+        ..ExpireOptions::default()
     };
     let report = repository.expire(plan, Arc::clone(&shown)).await?;
     drop(display);

@@ -9,6 +9,7 @@ use crate::error::{Classified, ErrorClass};
 use crate::expire::marks::LiveRefs;
 use crate::id::ChunkRef;
 use crate::manifest::{Contents, Kind, Manifest, ManifestError, Piece, Regular};
+use crate::read::ReadError;
 use crate::refset::refset_key;
 use crate::session::references::{References, ReferencesError, stored};
 use crate::sink::ChunkSource;
@@ -85,14 +86,14 @@ impl Check<'_> {
     ) -> Result<(), ManifestError> {
         let source: Arc<dyn ChunkSource> = self.repository.reader()?;
         for chunk in root.iter().chain(skipped) {
-            self.is_referenced(snapshot, chunk, refs);
+            self.is_referenced(snapshot, chunk, refs).await?;
         }
         for chunk in skipped {
             source.get(chunk).await?;
         }
         let manifest = Manifest::open(source, root).await?;
         for page in manifest.pages() {
-            self.is_referenced(snapshot, &page.chunk, refs);
+            self.is_referenced(snapshot, &page.chunk, refs).await?;
         }
         let mut pages = manifest.read((0..manifest.pages().len()).collect());
         while let Some(entries) = pages.next().await {
@@ -119,14 +120,14 @@ impl Check<'_> {
         for file in [file, &file.page_map_as_file()] {
             if let Contents::Listed(lists) = &file.contents {
                 for chunk in lists {
-                    self.is_referenced(snapshot, chunk, refs);
+                    self.is_referenced(snapshot, chunk, refs).await?;
                 }
             }
             let mut lists = manifest.pieces(file);
             while let Some(pieces) = lists.next().await {
                 for piece in pieces? {
                     if let Piece::Data { chunk, .. } = &piece {
-                        self.is_referenced(snapshot, chunk, refs);
+                        self.is_referenced(snapshot, chunk, refs).await?;
                     }
                 }
             }
@@ -134,11 +135,21 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn is_referenced(&mut self, snapshot: &Snapshot, chunk: &ChunkRef, refs: &References) {
+    async fn is_referenced(
+        &mut self,
+        snapshot: &Snapshot,
+        chunk: &ChunkRef,
+        refs: &References,
+    ) -> Result<(), ReadError> {
+        if refs.place(chunk).is_some() {
+            return Ok(());
+        }
         // Repacked chunks that are too many to remember, or in packs that cannot be read, are looked up.
-        let is_in = || self.repository.engine.index.find(&chunk.id).iter().any(|place| refs.set().contains(*place));
-        if refs.place(chunk).is_none() && !is_in() {
+        let failed = |source| ReadError::Store { act: "look into the index", source: Arc::new(source) };
+        let places = self.repository.engine.index.find(&chunk.id).await.map_err(failed)?;
+        if !places.iter().any(|place| refs.set().contains(*place)) {
             self.report.problems.push(Problem::Unreferenced { snapshot: snapshot.id, place: chunk.place });
         }
+        Ok(())
     }
 }

@@ -33,19 +33,25 @@ const KEY_CONTEXT: &str = "lifeboat 2026 marks of expiry v1";
 #[derive(Clone)]
 pub(crate) struct MarkKey([u8; 32]);
 
+impl std::fmt::Debug for MarkKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MarkKey")
+    }
+}
+
 impl MarkKey {
     pub(crate) fn new(structure: &[u8; 32]) -> Self {
         Self(blake3::derive_key(KEY_CONTEXT, structure))
     }
 
-    fn seal(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+    pub(crate) fn seal(&self, mut bytes: Vec<u8>) -> Vec<u8> {
         let hash = blake3::keyed_hash(&self.0, &bytes);
         bytes.extend_from_slice(hash.as_bytes());
         seal_hash(&mut bytes);
         bytes
     }
 
-    fn unseal<'a>(&self, bytes: &'a [u8]) -> Result<Fields<'a>, WireError> {
+    pub(crate) fn unseal<'a>(&self, bytes: &'a [u8]) -> Result<Fields<'a>, WireError> {
         let (body, hash) = split(bytes)?;
         if blake3::keyed_hash(&self.0, body) == blake3::Hash::from_bytes(*hash) {
             Ok(Fields::new(body))
@@ -56,7 +62,7 @@ impl MarkKey {
 }
 
 /// What a mark says, and its hash under the key.
-fn split(bytes: &[u8]) -> Result<(&[u8], &[u8; 32]), WireError> {
+pub(crate) fn split(bytes: &[u8]) -> Result<(&[u8], &[u8; 32]), WireError> {
     let sealed = unseal_hash(bytes)?;
     sealed.split_last_chunk().ok_or(WireError { what: "the mark is too short for a hash", at: sealed.len() })
 }

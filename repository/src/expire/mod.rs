@@ -3,11 +3,12 @@
 //! A *round* K condemns packs, seals epoch K-1, waits until every session of it is decided, takes out of the condemned
 //! what the commits that are now fixed refer to, and deletes the rest. `docs/adr/0006` has the argument. Every step may
 //! be repeated, by any number of deleters; none relies on a clock or on a listing being complete. `forget` sets
-//! tombstones, `view` finds candidates, `repack` moves what is left of worn packs, `round` decides, `sweep` deletes.
+//! tombstones, `view` finds candidates, `repack` moves what is left of worn packs, `round` decides, `sweep` deletes, `merge` keeps the index small.
 
 mod forget;
 mod liveness;
 pub(crate) mod marks;
+mod merge;
 pub(crate) mod packset;
 mod published;
 mod repack;
@@ -53,13 +54,21 @@ pub struct ExpireOptions {
     pub patience: Duration,
     /// Bytes that may be copied to take the space of dead chunks back; 0: nothing is repacked.
     pub repack_budget: u64,
+    /// Index segments that sessions left behind are merged when there are so many.
+    pub merge_from: usize,
     /// Change nothing, and report what would be done.
     pub dry_run: bool,
 }
 
 impl Default for ExpireOptions {
     fn default() -> Self {
-        Self { silence: Duration::from_mins(15), patience: Duration::ZERO, repack_budget: 4 << 30, dry_run: false }
+        Self {
+            silence: Duration::from_mins(15),
+            patience: Duration::ZERO,
+            repack_budget: 4 << 30,
+            merge_from: 16,
+            dry_run: false,
+        }
     }
 }
 
@@ -80,6 +89,8 @@ pub struct ExpireReport {
     pub bytes_copied: u64,
     /// Packs of which less than half lives and that were not repacked: over the budget, damaged, or in use by others.
     pub packs_left: u64,
+    /// Index segments of sessions that were merged.
+    pub segments_merged: u64,
     /// Sessions that were aborted because they gave no sign of life.
     pub aborted: Vec<SessionId>,
     /// Running sessions that the round waits for; run again later. Empty: the round is done.
@@ -237,7 +248,8 @@ impl Run {
                 // Another deleter ended the round meanwhile, and took away what this one was looking at.
                 Err(ExpireError::Marks { .. } | ExpireError::References { .. }) if self.standing().await? != before => {
                 }
-                done => return done,
+                Ok(()) => return self.merge_index().await,
+                Err(error) => return Err(error),
             }
         }
     }

@@ -3,16 +3,15 @@
 //! Without the SEAL the session, which may only sleep, could publish a pack after it was taken for unpublished, and
 //! others would refer to it while it is deleted.
 
-use std::collections::BTreeSet;
-
+use crate::expire::packset::PackSet;
 use crate::id::SessionId;
 use crate::index::{MAX_SEGMENT_BYTES, SEAL_MAGIC, Segment, segment_key};
 use crate::store::{Store, StoreError};
 
-/// Seals the session's index and tells the numbers of the packs that it published; `None`: a segment is damaged, so
+/// Seals the session's index and tells the packs that it published; `None`: a segment is damaged, so
 /// that every pack must be taken for published.
-pub(super) async fn seal(store: &dyn Store, session: SessionId) -> Result<Option<BTreeSet<u32>>, StoreError> {
-    let mut packs = Some(BTreeSet::new());
+pub(super) async fn seal(store: &dyn Store, session: SessionId) -> Result<Option<PackSet>, StoreError> {
+    let mut packs = Some(PackSet::default());
     for number in 0.. {
         let key = segment_key(session, number);
         if store.put_if_absent(&key, SEAL_MAGIC.to_vec().into()).await?.is_ours() {
@@ -22,8 +21,8 @@ pub(super) async fn seal(store: &dyn Store, session: SessionId) -> Result<Option
         if &bytes[..] == SEAL_MAGIC {
             break;
         }
-        match Segment::parse(session, bytes) {
-            Ok(segment) => packs = packs.map(|packs| &packs | &segment.packs()),
+        match Segment::parse(session, bytes).and_then(|segment| segment.packs()) {
+            Ok(found) => packs.iter_mut().for_each(|packs: &mut PackSet| packs.extend(&found)),
             Err(error) => {
                 tracing::warn!(key, %error, "an index segment is damaged");
                 packs = None;

@@ -55,6 +55,10 @@ impl Run {
         let mut view =
             View { live, dead, refs, candidates: PackSet::default(), unpublished: PackSet::default(), worn: base.worn };
         self.sort_packs(&mut view, &recent, &in_use).await?;
+        if !self.options.dry_run && marks::exists(&*engine.store, &marks::final_key(settled + 1)).await? {
+            // The commits of that epoch may have expired, so what looks aborted may have committed.
+            return Err(ExpireError::Marks { what: "another expiry decided a round meanwhile".to_owned() });
+        }
         for refs in &view.dead {
             match refset(&engine, refs.snapshot, refs.version, &refs.hash).await {
                 Ok(set) => view.worn.extend(&set.pack_set()),
@@ -145,13 +149,14 @@ impl Run {
                 view.worn.extend(&packs.iter().copied().collect());
             }
             let unused: Vec<_> = packs.into_iter().filter(|pack| !in_use.contains(*pack)).collect();
-            let published = if is_aborted && !unused.is_empty() && !self.options.dry_run {
+            // What an earlier epoch's session published may be merged, so that it is not told by its segments any more.
+            let published = if is_recent && is_aborted && !unused.is_empty() && !self.options.dry_run {
                 published::seal(&*self.engine.store, session).await?
             } else {
                 None
             };
             for pack in unused {
-                let is_published = published.as_ref().is_none_or(|published| published.contains(&pack.seq));
+                let is_published = published.as_ref().is_none_or(|published| published.contains(pack));
                 if is_published { view.candidates.insert(pack) } else { view.unpublished.insert(pack) }
             }
         }

@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
 use crate::expire::marks::{MARKS_PREFIX, TOMBSTONE_PREFIX, fits_round};
 use crate::id::SessionId;
-use crate::index::parse_segment_key;
+use crate::index::{LISTS_PREFIX, VERSIONS_PREFIX, fits_versions, parse_segment_key};
 use crate::keyring::KeyRingError;
 use crate::keys::{KEYS_PREFIX, MAX_SLOT_BYTES, SessionKeys, Slot};
 use crate::objects;
@@ -24,7 +24,7 @@ use crate::store::Store;
 /// Whether these bytes are the original of the object.
 ///
 /// What is sealed must open with the repository's keys; references must be those that a commit names; registrations and
-/// marks of expiry must fit what else is there. Index segments of committed sessions, places of lost chunks and heartbeats
+/// marks of expiry must fit what else is there. Index segments of committed sessions, merged ones, places of lost chunks and heartbeats
 /// are hints, which nothing proves, and only have to be whole.
 pub(super) async fn is_original(engine: &Arc<Engine>, key: &str, bytes: &Bytes) -> Result<bool, HealError> {
     if objects::verify(key, bytes).is_err() {
@@ -57,6 +57,9 @@ pub(super) async fn is_original(engine: &Arc<Engine>, key: &str, bytes: &Bytes) 
         return Ok(!engine.commits.aborted().contains(&session));
     }
     let fail = |source| HealError::Replace { act: "prove what belongs to", source };
+    if key.starts_with(VERSIONS_PREFIX) || key.starts_with(LISTS_PREFIX) {
+        return fits_versions(&*engine.store, &engine.mark_key(), key, bytes).await.map_err(fail);
+    }
     if key.starts_with(REGISTRATIONS_PREFIX) {
         return fits_others(&*engine.store, key, bytes).await.map_err(fail);
     }

@@ -11,13 +11,16 @@ use futures::TryStreamExt;
 use thiserror::Error;
 use tracing::warn;
 
+use super::part::PartInfo;
 use super::{
-    INDEX_PREFIX, MAX_SEGMENT_BYTES, SEAL_MAGIC, Segment, SegmentEntry, encode_segment, parse_segment_key, segment_key,
+    INDEX_PREFIX, MAX_SEGMENT_BYTES, SEAL_MAGIC, SEGMENT_ENTRIES, Segment, SegmentEntry, encode_segment,
+    parse_segment_key, segment_key,
 };
 use crate::commits::CommitLogError;
 use crate::directories::DirectoryError;
 use crate::error::{Classified, ErrorClass};
 use crate::expire::ExpireError;
+use crate::expire::packset::PackSet;
 use crate::id::{PackId, SessionId};
 use crate::keyring::KeyRingError;
 use crate::progress::Progress;
@@ -26,8 +29,8 @@ use crate::repository::Repository;
 use crate::session::references::{ReferencesError, in_force};
 use crate::store::StoreError;
 
-/// A segment is written after this many entries: 24 MB.
-const ENTRIES_PER_SEGMENT: usize = 1 << 20;
+/// Rebuilt segments have numbers from here on.
+const FIRST_REBUILT: u32 = 1 << 31;
 
 /// What was rebuilt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -75,8 +78,9 @@ impl Classified for RebuildError {
 /// What the segments say that can be read.
 #[derive(Default)]
 struct Present {
-    packs: BTreeSet<PackId>,
+    packs: PackSet,
     damaged: Vec<(String, SessionId)>,
+    damaged_parts: Vec<PartInfo>,
 }
 
 impl Repository {
@@ -101,7 +105,7 @@ impl Repository {
                 return Err(RebuildError::Cancelled);
             }
             report.packs += 1;
-            if present.packs.contains(&pack) {
+            if present.packs.contains(pack) {
                 continue;
             }
             if !committed.contains(&pack.session) {
@@ -114,7 +118,7 @@ impl Repository {
                     report.indexed += 1;
                     let waiting = missing.entry(pack.session).or_default();
                     waiting.extend(entries);
-                    if waiting.len() >= ENTRIES_PER_SEGMENT {
+                    if waiting.len() >= SEGMENT_ENTRIES {
                         self.write_segment(pack.session, std::mem::take(waiting)).await?;
                     }
                 }
@@ -128,6 +132,10 @@ impl Repository {
         }
         if report.unreadable == 0 {
             report.removed = self.remove_damaged(present.damaged, &committed).await?;
+            if self.engine.index.leave_out_parts(&present.damaged_parts).await? {
+                report.removed += present.damaged_parts.len() as u64;
+            }
+            self.engine.index.clean().await?;
         }
         Ok(report)
     }
@@ -146,21 +154,24 @@ impl Repository {
             if &bytes[..] == SEAL_MAGIC {
                 continue;
             }
-            match Segment::parse(session, bytes) {
-                Ok(segment) => present.packs.extend(segment.packs().into_iter().map(|seq| PackId { session, seq })),
+            match Segment::parse(session, bytes).and_then(|segment| segment.packs()) {
+                Ok(packs) => present.packs.extend(&packs),
                 Err(error) => {
                     warn!(key = object.key, %error, "an index segment is damaged");
                     present.damaged.push((object.key, session));
                 }
             }
         }
+        // Segments that were merged while this looked at them are in a version that is read after.
+        self.engine.index.refresh().await?;
+        present.damaged_parts = self.engine.index.add_merged_packs(&mut present.packs).await?;
         Ok(present)
     }
 
     async fn entries_of(&self, pack: PackId) -> Result<Option<Vec<SegmentEntry>>, StoreError> {
         match self.engine.directories.get(pack).await {
             Ok(directory) => Ok(Some(
-                (0u16..)
+                (0..=u16::MAX)
                     .zip(&directory.slots)
                     .map(|(slot, entry)| SegmentEntry {
                         id: entry.expected.id,
@@ -182,11 +193,11 @@ impl Repository {
         }
     }
 
-    /// Writes a segment under the last free number: the session itself counts from the first.
+    /// Writes a segment under a random high number: the session itself counts from 0, and no name is used again.
     async fn write_segment(&self, session: SessionId, entries: Vec<SegmentEntry>) -> Result<(), StoreError> {
         let bytes = encode_segment(entries);
-        for number in (0..=u32::MAX).rev() {
-            let key = segment_key(session, number);
+        loop {
+            let key = segment_key(session, rand::random::<u32>() | FIRST_REBUILT);
             if self.engine.store.put_if_absent(&key, bytes.clone().into()).await?.is_ours() {
                 if let Ok(segment) = Segment::parse(session, bytes.into()) {
                     self.engine.index.add(key, segment);
@@ -194,7 +205,6 @@ impl Repository {
                 return Ok(());
             }
         }
-        Ok(())
     }
 
     /// A segment of an aborted session stays: it may be the seal that keeps others from being written.

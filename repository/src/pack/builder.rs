@@ -39,7 +39,9 @@ pub(crate) struct SealedPack {
 impl SealedPack {
     /// What the index must know: id, slot and plain length of each chunk.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (ChunkId, u16, u32)> + '_ {
-        (0..=u16::MAX).zip(&self.directory.slots).map(|(number, slot)| (slot.expected.id, number, slot.expected.plain_len))
+        (0..=u16::MAX)
+            .zip(&self.directory.slots)
+            .map(|(number, slot)| (slot.expected.id, number, slot.expected.plain_len))
     }
 }
 

@@ -81,7 +81,8 @@ impl Reader {
                 *loaded = true;
             }
         }
-        for place in self.engine.index.find(&chunk.id) {
+        let failed = |source| ReadError::Store { act: "look into the index", source: Arc::new(source) };
+        for place in self.engine.index.find(&chunk.id).await.map_err(failed)? {
             if place.pack != chunk.place.pack
                 && let Ok(Some(found)) = self.locate_in(place.pack, chunk).await
             {

@@ -19,7 +19,7 @@ use super::{SessionError, marks_failed, not_registered};
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
-use crate::index::{Segment, SegmentEntry, encode_segment, segment_key};
+use crate::index::{SEGMENT_ENTRIES, Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
 use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, seal_frame};
 use crate::refset::{Refset, refset_key};
@@ -86,7 +86,6 @@ pub(super) struct Writing {
     pub(super) next_pack: u32,
     unpublished: Vec<SegmentEntry>,
     unpublished_packs: u32,
-    next_segment: u32,
     failed: Option<SessionError>,
     closed: bool,
 }
@@ -126,6 +125,9 @@ pub(super) struct Shared {
     data_counter: AtomicU64,
     metadata_counter: AtomicU64,
     writing: Mutex<Writing>,
+    /// The number of the next segment. Segments are published one after the other: expiry reads an aborted session's up to
+    /// the first that is missing.
+    next_segment: tokio::sync::Mutex<u32>,
     budget: Arc<Semaphore>,
     /// Frames that are compressed and sealed at once: as many as there are cores.
     sealers: Semaphore,
@@ -186,6 +188,7 @@ impl Session {
             data_counter: AtomicU64::new(0),
             metadata_counter: AtomicU64::new(0),
             writing: Mutex::default(),
+            next_segment: tokio::sync::Mutex::default(),
             budget: Arc::new(Semaphore::new(BUDGET_BYTES / PERMIT_BYTES)),
             sealers: Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
             experience: Arc::default(),
@@ -200,6 +203,12 @@ impl Session {
     /// The session's name.
     pub fn id(&self) -> SessionId {
         self.shared.id
+    }
+
+    /// Chunks of its own that it remembers, because no published segment has them.
+    #[cfg(test)]
+    pub(crate) fn remembered(&self) -> usize {
+        self.shared.lock().own.len()
     }
 
     /// What it did so far.
@@ -387,7 +396,7 @@ impl Shared {
                 plain_len,
             }));
             writing.unpublished_packs += 1;
-            writing.unpublished_packs >= PACKS_PER_SEGMENT
+            writing.unpublished_packs >= PACKS_PER_SEGMENT || writing.unpublished.len() >= SEGMENT_ENTRIES
         };
         drop(permits);
         if is_due { self.publish().await } else { Ok(()) }
@@ -395,22 +404,32 @@ impl Shared {
 
     /// Publishes an index segment for the packs uploaded since the last.
     async fn publish(&self) -> Result<(), SessionError> {
-        let (entries, number) = {
+        let mut next = self.next_segment.lock().await;
+        let entries = {
             let mut writing = self.lock();
-            if writing.unpublished.is_empty() {
-                return Ok(());
-            }
-            let number = writing.next_segment;
-            writing.next_segment += 1;
             writing.unpublished_packs = 0;
-            (std::mem::take(&mut writing.unpublished), number)
+            std::mem::take(&mut writing.unpublished)
         };
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let places: Vec<_> = entries.iter().map(|entry| (entry.id, entry.seq, entry.slot)).collect();
         let bytes = encode_segment(entries);
-        let key = segment_key(self.id, number);
+        let key = segment_key(self.id, *next);
+        // When it fails, its number stays: nothing must be published behind a gap.
         self.put(&key, bytes.clone(), "publish its index").await?;
+        *next += 1;
         match Segment::parse(self.id, bytes.into()) {
             Ok(segment) => self.engine.index.add(key, segment),
             Err(error) => warn!(session = %self.id, %error, "an index segment does not read back"),
+        }
+        // From now on the index has them, so that what is remembered does not grow with the backup.
+        let mut writing = self.lock();
+        for (id, seq, slot) in places {
+            let place = Place { pack: PackId { session: self.id, seq }, slot };
+            if writing.own.get(&id) == Some(&place) {
+                writing.own.remove(&id);
+            }
         }
         Ok(())
     }
@@ -422,7 +441,15 @@ impl Shared {
 
     /// Where the repository has the chunk already, as the pack's own directory says.
     async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
-        for place in self.engine.index.find(id) {
+        // What was stored together is met together: the packs of the last answers first.
+        for (place, entry) in self.engine.directories.recent(id) {
+            if entry.expected.plain_len as usize == plain_len && self.may_refer(place) {
+                return Ok(Some(place));
+            }
+        }
+        let failed =
+            |source| SessionError::Store { session: self.id, act: "look up a chunk", source: Arc::new(source) };
+        for place in self.engine.index.find(id).await.map_err(failed)? {
             if self.mask.packs.contains(place.pack) {
                 continue;
             }

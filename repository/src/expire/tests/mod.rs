@@ -90,7 +90,9 @@ fn merciless() -> ExpireOptions {
 
 /// Sessions are dead after a second without a sign, and nobody is waited for much longer.
 fn impatient() -> ExpireOptions {
-    ExpireOptions { silence: Duration::from_secs(1), patience: Duration::from_secs(5), ..ExpireOptions::default() }
+    let (silence, patience) = (Duration::from_secs(1), Duration::from_secs(5));
+    // The index is merged as often as it can be, so that every test here is one of merging as well.
+    ExpireOptions { silence, patience, merge_from: 1, ..ExpireOptions::default() }
 }
 
 async fn expire(repository: &Repository, options: ExpireOptions) -> ExpireReport {

@@ -320,3 +320,48 @@ async fn a_cancelled_expiry_says_so() {
     progress.cancel();
     assert!(matches!(repository.expire(impatient(), progress).await, Err(ExpireError::Cancelled)));
 }
+
+#[tokio::test]
+async fn what_a_session_remembers_does_not_grow_with_the_backup() {
+    let (_, repository) = made().await;
+    let session = begin(&repository).await;
+    let (full, more) = (65_536u32, 100u32);
+    for number in 0..full + more {
+        put(&session, &number.to_le_bytes()).await;
+    }
+    // The full pack is uploaded and published beside.
+    for _ in 0..1000 {
+        if session.remembered() <= more as usize {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(session.remembered(), more as usize);
+    for number in [0, 1, 40_000, full, full + more - 1] {
+        assert!(!put(&session, &number.to_le_bytes()).await.1, "{number} is found again");
+    }
+    commit(session).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_abort_that_comes_when_the_commit_expired_and_the_index_is_merged_deletes_nothing_at_once() {
+    let (store, repository) = made().await;
+    let first = back_up(&repository, "a", &files(&[1, 2])).await;
+    let second = back_up(&repository, "b", &files(&[1])).await;
+    assert!(expire(&repository, impatient()).await.segments_merged > 0);
+    assert_eq!(count(&store, "x0/"), 0);
+    repository.forget(&[first.id]).await.unwrap();
+    let no_repacking = ExpireOptions { repack_budget: 0, ..impatient() };
+    expire(&repository, no_repacking).await;
+    // Somebody who slept since before the commit takes the session for dead.
+    let decision = crate::session::decision::decision_key(first.session);
+    let abort = crate::session::decision::Decision::abort_bytes(first.session, "late");
+    assert!(store.put_if_absent(&decision, abort.into()).await.unwrap().is_ours());
+    let expected = Expected::from([(second.id, files(&[1]))]);
+    let other = open(store.clone()).await;
+    expire(&other, merciless()).await;
+    assert_restores(&other, &expected).await;
+    assert!(!store.keys().contains(&format!("x0/{}/00000000", first.session)), "nobody asked what it published");
+    let again = back_up(&other, "c", &files(&[1])).await;
+    assert!(again.stats.new_bytes < 10_000, "the merged index finds the file: {}", again.stats.new_bytes);
+}
