@@ -98,12 +98,11 @@ impl Directories {
 
     fn remember(&self, renewals: u64, pack: PackId, directory: &Arc<Directory>) {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        match recent.iter().position(|(when, known, _)| (*when, *known) == (renewals, pack)) {
-            Some(at) => recent.swap(0, at),
-            None => {
-                recent.push_front((renewals, pack, Arc::clone(directory)));
-                recent.truncate(RECENT);
-            }
+        if let Some(at) = recent.iter().position(|(when, known, _)| (*when, *known) == (renewals, pack)) {
+            recent.swap(0, at);
+        } else {
+            recent.push_front((renewals, pack, Arc::clone(directory)));
+            recent.truncate(RECENT);
         }
     }
 

@@ -30,7 +30,9 @@ impl Run {
         self.report.packs_deleted += count;
         self.report.bytes_deleted += bytes;
         // Also those that no listing shows: a listing may be stale.
-        packs.iter().for_each(|pack| _ = self.sizes.remove(pack));
+        for pack in &packs {
+            self.sizes.remove(pack);
+        }
         self.delete_all(packs.into_iter().map(pack_key).collect()).await?;
         let obsolete = decided.obsolete.iter().map(|(snapshot, version)| refset_key(*snapshot, *version));
         self.delete_all(obsolete.collect()).await?;

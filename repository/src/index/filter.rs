@@ -77,7 +77,8 @@ impl FilterAt {
         let positions = self.positions(hash);
         let mut fingerprint = (hash ^ (hash >> 32)).to_le_bytes()[0];
         for position in positions {
-            fingerprint ^= bytes.array::<1>(self.at + position as usize)?[0];
+            let position = usize::try_from(position).map_err(io::Error::other)?;
+            fingerprint ^= bytes.array::<1>(self.at + position)?[0];
         }
         Ok(fingerprint == 0)
     }

@@ -128,7 +128,7 @@ impl Index {
     ) -> Result<Vec<PartInfo>, MergeError> {
         let segments =
             inputs.segments.iter().rev().map(|(key, segment)| Cursor::of_segment(key.clone(), Arc::clone(segment)));
-        let runs = inputs.merged.iter().map(|run| Cursor::of_run(run));
+        let runs = inputs.merged.iter().map(Cursor::of_run);
         let mut merged = Merged::new(self, segments.chain(runs).collect()).await?;
         let mut packs = Packs { index: self, is_listed, asked: HashMap::new() };
         let mut run = Vec::new();
@@ -286,7 +286,7 @@ struct Cursor {
 
 enum Rest {
     Segment { key: String, segment: Arc<Segment>, at: usize },
-    Run { parts: VecDeque<Arc<Part>>, open: Option<OpenPart> },
+    Run { parts: VecDeque<Arc<Part>>, open: Option<Box<OpenPart>> },
 }
 
 /// A part of which the hash is computed while it is read.
@@ -337,7 +337,7 @@ impl Rest {
                 let opened = match open.take() {
                     Some(opened) => opened,
                     None => match parts.pop_front() {
-                        Some(part) => OpenPart::new(index, part).await?,
+                        Some(part) => Box::new(OpenPart::new(index, part).await?),
                         None => return Ok(None),
                     },
                 };
@@ -366,7 +366,7 @@ impl OpenPart {
     }
 
     /// Reads a window of entries. After the last one, `None` follows, when the whole part's hash fits.
-    async fn read(mut self, index: &Index) -> Result<(Vec<Entry>, Option<Self>), MergeError> {
+    async fn read(mut self: Box<Self>, index: &Index) -> Result<(Vec<Entry>, Option<Box<Self>>), MergeError> {
         let part = Arc::clone(&self.part);
         let head = index.head(&part).await?.ok_or_else(|| self.damaged())?;
         let all = part.info.entries as usize;

@@ -323,17 +323,16 @@ impl Index {
             let key = version::part_key(info);
             let cached = self.cache.get_local(&head_name(&key)).await;
             let is_it = |bytes: &Bytes| *blake3::hash(bytes).as_bytes() == info.head_hash;
-            let bytes = match cached.filter(is_it) {
-                Some(bytes) => bytes,
-                None => {
-                    let range = info.head_at()..info.head_at() + u64::from(info.head_len);
-                    let Some(bytes) = self.read(&key, range).await?.filter(is_it) else {
-                        warn!(key, "a part of the index is damaged: `lifeboat rebuild-index` makes it anew");
-                        return Ok(None);
-                    };
-                    self.cache.put(&head_name(&key), &bytes);
-                    bytes
-                }
+            let bytes = if let Some(bytes) = cached.filter(is_it) {
+                bytes
+            } else {
+                let range = info.head_at()..info.head_at() + u64::from(info.head_len);
+                let Some(bytes) = self.read(&key, range).await?.filter(is_it) else {
+                    warn!(key, "a part of the index is damaged: `lifeboat rebuild-index` makes it anew");
+                    return Ok(None);
+                };
+                self.cache.put(&head_name(&key), &bytes);
+                bytes
             };
             let parsed = Head::parse(info.entries, &bytes, || self.spool.take(bytes.clone()));
             Ok::<_, StoreError>(parsed.inspect_err(|error| warn!(key, %error, "a part of the index is damaged")).ok())

@@ -84,7 +84,7 @@ fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     let ticks: u64 =
         stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2).map(|f| f.parse::<u64>().unwrap()).sum();
-    ticks as f64 / 100.0
+    std::time::Duration::from_millis(ticks * 10).as_secs_f64()
 }
 
 async fn measure(what: &str, index: &Index, ids: impl Iterator<Item = (ChunkId, Option<Place>)>) {
