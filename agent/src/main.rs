@@ -8,6 +8,7 @@ mod task;
 mod tasks;
 mod volume;
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +35,8 @@ enum Command {
     Run(RunOptions),
     /// Holds workloads of this node at rest when the controller asks, and thaws them whatever dies.
     Guard(guardian::GuardOptions),
+    /// Prints the steps that a task takes, as the log has them at the level `debug`.
+    Steps,
     /// Does nothing until it is told to end: keeps a volume mounted that is being restored.
     Hold,
 }
@@ -77,9 +80,18 @@ fn main() -> Result<()> {
         match options.command {
             Command::Run(options) => run(options).await,
             Command::Guard(options) => guardian::run(options).await,
+            Command::Steps => print_steps(),
             Command::Hold => until_told_to_end().await,
         }
     })
+}
+
+fn print_steps() -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for step in task::STEPS {
+        writeln!(out, "{step}")?;
+    }
+    Ok(())
 }
 
 /// Waits for SIGTERM or SIGINT.

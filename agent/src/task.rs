@@ -16,7 +16,7 @@ use lifeboat_repository::progress::Progress;
 use lifeboat_repository::repository::Repository;
 use lifeboat_repository::restore::{self, Existing, RestoreOptions};
 use lifeboat_repository::session::SessionOptions;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::metrics::Metrics;
 use crate::outcome::{Failure, sample};
@@ -29,6 +29,15 @@ const MAX_ATTEMPTS: u32 = 5;
 const MOUNT_CHECK: Duration = Duration::from_secs(1);
 /// Before the next attempt after a failure that may pass: this long times the attempts so far.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// The steps of a task, in order, as [`enter`] logs them. Writing is a restore's, registering and reading a backup's.
+pub(crate) const STEPS: [&str; 6] = ["Begin", "Open", "Register", "Read", "Write", "Report"];
+
+/// Says in the log which step begins.
+fn enter(step: &'static str) {
+    debug_assert!(STEPS.contains(&step), "{step} is not in the list");
+    debug!(step, "next");
+}
 
 /// What all tasks of this agent share.
 pub(crate) struct Worker {
@@ -63,6 +72,7 @@ impl Worker {
                 reporter.end(Err(Failure::new(Reason::AgentLost, message))).await;
                 return;
             }
+            enter("Begin");
             if let Err(error) = reporter.begin(&self.agent).await {
                 warn!(%error, "the task cannot be begun");
                 return;
@@ -101,6 +111,7 @@ impl Worker {
                 self.metrics.failed.inc();
             }
         }
+        enter("Report");
         reporter.end(outcome).await;
     }
 
@@ -115,6 +126,7 @@ impl Worker {
         let left = spec.deadline.0.duration_since(jiff::Timestamp::now());
         let left = Duration::try_from(left)
             .map_err(|_| Failure::new(Reason::TimedOut, "the task's deadline was over before it began"))?;
+        enter("Open");
         let mounted = volume::find(&self.kubelet_dir, &spec.volume)?;
         let access = &spec.repository;
         let repository = self.access.open(&access.backend, &access.encryption_secret, Some(&access.id)).await?;
@@ -157,6 +169,7 @@ impl Worker {
     ) -> Result<TaskResult, Failure> {
         let parent =
             repository.latest_of(&operation.lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+        enter("Register");
         let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
         let session = repository.begin(options).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         if let Err(error) = reporter.session(session.id().to_string()).await {
@@ -172,6 +185,7 @@ impl Worker {
             one_file_system: true,
             ..TreeBackup::default()
         };
+        enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
         let report = backup::tree_in(session, repository, &mounted.path, plan, Arc::clone(progress)).await;
         reporting.abort();
@@ -245,6 +259,7 @@ async fn restore(
     reporter: &Reporter,
     progress: &Arc<Progress>,
 ) -> Result<TaskResult, Failure> {
+    enter("Write");
     let began = Instant::now();
     let snapshot =
         repository.find(&operation.snapshot).await.map_err(|error| Failure::of(&error, Reason::WriteFailed))?;

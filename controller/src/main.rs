@@ -18,6 +18,7 @@ mod scope;
 mod storage;
 mod task;
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ use crate::context::Context;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Options {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// The namespace that Lifeboat is installed in.
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: String,
@@ -62,9 +65,18 @@ struct Options {
     log_format: LogFormat,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Prints the steps that a backup takes, as the log has them at the level `debug`.
+    Steps,
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
+    if let Some(Command::Steps) = options.command {
+        return print_steps();
+    }
     telemetry::start(options.log_format);
     let config = kube::Config::infer().await.context("cannot tell how to reach the API server")?;
     let client = kube::Client::try_from(config.clone()).context("cannot speak to the API server")?;
@@ -101,6 +113,14 @@ async fn main() -> Result<()> {
     };
     leader.release().await;
     ended
+}
+
+fn print_steps() -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for step in backup::STEPS {
+        writeln!(out, "{step}")?;
+    }
+    Ok(())
 }
 
 async fn told_to_end() -> Result<()> {

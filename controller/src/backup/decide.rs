@@ -58,6 +58,48 @@ pub(super) enum Step {
     Nothing,
 }
 
+impl Step {
+    /// The name under which logs and `lifeboat-controller steps` have it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Hold => "Hold",
+            Self::Resolve => "Resolve",
+            Self::Capture => "Capture",
+            Self::Freeze => "Freeze",
+            Self::NoteFreezeFailure(..) => "NoteFreezeFailure",
+            Self::StartTasks => "StartTasks",
+            Self::Cut => "Cut",
+            Self::Thaw => "Thaw",
+            Self::Expose => "Expose",
+            Self::Renew(_) => "Renew",
+            Self::Wait(_) => "Wait",
+            Self::Commit => "Commit",
+            Self::Fail(..) => "Fail",
+            Self::Clean => "Clean",
+            Self::Nothing => "Nothing",
+        }
+    }
+}
+
+/// The names of all steps, in the order in which a backup takes them; those that follow a failure last.
+pub(crate) const STEPS: [&str; 15] = [
+    "Hold",
+    "Resolve",
+    "Capture",
+    "Freeze",
+    "StartTasks",
+    "Cut",
+    "Wait",
+    "Thaw",
+    "Expose",
+    "Commit",
+    "Clean",
+    "Nothing",
+    "Fail",
+    "NoteFreezeFailure",
+    "Renew",
+];
+
 fn is_frozen(status: &BackupStatus) -> bool {
     status.quiesce.as_ref().is_some_and(|quiesce| quiesce.workloads.iter().any(|workload| workload.frozen))
 }
@@ -523,6 +565,7 @@ mod tests {
             world.is_deleted = is_deleted;
             world.lost = if lost { vec!["c0".into()] } else { Vec::new() };
             let step = world.step(&format!("2026-01-01T00:{minutes:02}:00Z"));
+            prop_assert!(STEPS.contains(&step.name()), "{:?}", step);
             prop_assert_eq!(&step, &world.step(&format!("2026-01-01T00:{minutes:02}:00Z")), "the same facts, the same step");
             if frozen {
                 prop_assert!(!matches!(step, Step::Commit | Step::Fail(..) | Step::Clean | Step::Nothing | Step::Expose | Step::Renew(_)), "{:?}", step);

@@ -15,6 +15,7 @@ mod resolve;
 mod sweep;
 
 pub(crate) use capture::offered as capture_resources;
+pub(crate) use decide::STEPS;
 
 /// What a namespace may do with a repository, for backups and restores alike.
 pub(crate) mod refusal {
@@ -41,7 +42,7 @@ use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
 use lifeboat_crds::{Backup, BackupStatus, ClusterRepository, VolumeTask, labels};
 use serde_json::json;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, debug, info, info_span, warn};
 
 use self::decide::{Facts, Step, next_step};
 use crate::context::{Context, ReconcileError, on_error};
@@ -151,6 +152,7 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
             lost,
         };
         let step = next_step(&facts, Timestamp::now());
+        debug!(step = step.name(), "next");
         match Box::pin(perform(&mut run, step, context)).await? {
             Next::Look => {}
             Next::Wait(pause) => return Ok(Action::requeue(pause)),
