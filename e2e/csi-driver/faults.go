@@ -318,16 +318,21 @@ func (d *driver) claimOf(q any) string {
 	return ""
 }
 
-// controlFaults is the program's second use: `fault FILE list|clear|CALL WORD...`.
+// controlFaults is the program's second use: `fault FILE list|clear [WORD]|CALL WORD...`.
 func controlFaults(args []string) error {
 	if len(args) < 2 {
-		return errors.New("usage: lifeboat-test-csi fault FILE list|clear|CALL WORD...")
+		return errors.New("usage: lifeboat-test-csi fault FILE list|clear [WORD]|CALL WORD...")
 	}
 	fs := faults{args[0]}
 	return fs.change(func(lines []string) ([]string, error) {
 		switch args[1] {
 		case "clear":
-			return nil, nil
+			if len(args) == 2 {
+				return nil, nil
+			}
+			return slices.DeleteFunc(lines, func(line string) bool {
+				return slices.Contains(strings.Fields(line), args[2])
+			}), nil
 		case "list":
 			for _, line := range lines {
 				fmt.Println(line)

@@ -97,6 +97,17 @@ func TestFaultsHangUntilTheyAreCleared(t *testing.T) {
 	}
 }
 
+func TestFaultsAreClearedByWord(t *testing.T) {
+	fs, _, _ := faulty(t, "CreateSnapshot claim=a fail=1", "CreateSnapshot claim=b fail=1", "PoolFull")
+	if err := controlFaults([]string{fs.file, "clear", "claim=a"}); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadFile(fs.file)
+	if got := strings.TrimSpace(string(left)); err != nil || got != "CreateSnapshot claim=b fail=1\nPoolFull" {
+		t.Errorf("left %q, %v", got, err)
+	}
+}
+
 func TestFaultsGiveParametersAndComeLate(t *testing.T) {
 	_, call, calls := faulty(t, "CreateSnapshot readyAfter=1h late=1h")
 	short, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)

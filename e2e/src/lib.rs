@@ -2,4 +2,5 @@
 #![allow(clippy::print_stdout, clippy::panic)]
 
 pub mod api_server;
+pub mod faults;
 pub mod scenario;

@@ -91,7 +91,7 @@ impl Scenario {
     }
 
     fn remove_leftovers(&self) -> Result<()> {
-        launcher(&["fault", "clear"])?;
+        self.heal()?;
         self.kubectl_cluster(&["delete", "clusterrepository", &self.namespace, "--ignore-not-found"])?;
         self.kubectl_cluster(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=120s"])?;
         launcher(&["s3", "remove-bucket", &self.namespace])?;
@@ -183,6 +183,24 @@ spec:
     /// Runs a shell command in a pod; returns its standard output.
     pub fn shell(&self, pod: &str, command: &str) -> Result<String> {
         self.kubectl(&["exec", pod, "--", "sh", "-c", command])
+    }
+
+    /// Runs the program `lifeboat` where the store is, outside the nodes, with the location and the password of the scenario's
+    /// repository and nothing else; returns its standard output.
+    pub fn lifeboat(&self, arguments: &[&str]) -> Result<String> {
+        let (endpoint, key, secret) = store();
+        let environment = [
+            format!("LIFEBOAT_REPOSITORY=s3://{}?endpoint={endpoint}", self.namespace),
+            format!("LIFEBOAT_PASSWORD={PASSWORD}"),
+            format!("AWS_ACCESS_KEY_ID={key}"),
+            format!("AWS_SECRET_ACCESS_KEY={secret}"),
+        ];
+        let program = std::env::var("LIFEBOAT_PROGRAM").context("LIFEBOAT_PROGRAM; run through `make e2e`")?;
+        let mut all = vec!["outside", "env"];
+        all.extend(environment.iter().map(String::as_str));
+        all.push(&program);
+        all.extend(arguments);
+        launcher(&all)
     }
 
     /// Creates a `Backup` without waiting.
@@ -337,20 +355,21 @@ spec:
         self.kubectl_cluster(&["create", "namespace", &self.namespace]).map(|_| ())
     }
 
-    /// What goes wrong in the CSI drivers from now on, as `CreateSnapshot fail=2`, for this scenario's volumes; until
+    /// What goes wrong in the CSI drivers from now on, as `CreateSnapshot fail=2`, for this scenario's volumes alone; until
     /// [`Scenario::heal`] or the end of the scenario. `e2e/csi-driver/README.md` has the words.
     pub fn fault(&self, line: &str) -> Result<()> {
-        let claim = format!("claim={}", self.namespace);
-        let mut words: Vec<_> = std::iter::once("fault").chain(line.split_whitespace()).collect();
-        if words.len() > 2 && !line.contains("claim=") {
-            words.push(&claim);
-        }
+        let claim = self.fault_of_its_claims();
+        let words: Vec<_> = std::iter::once("fault").chain(line.split_whitespace()).chain([claim.as_str()]).collect();
         launcher(&words).map(|_| ())
     }
 
-    /// Nothing goes wrong in the CSI drivers any more.
+    /// Nothing goes wrong for this scenario's volumes any more.
     pub fn heal(&self) -> Result<()> {
-        launcher(&["fault", "clear"]).map(|_| ())
+        launcher(&["fault", "clear", &self.fault_of_its_claims()]).map(|_| ())
+    }
+
+    fn fault_of_its_claims(&self) -> String {
+        format!("claim={}", self.namespace)
     }
 
     /// The names of Lifeboat's own objects that speak of this namespace and should be gone when nothing runs.

@@ -185,22 +185,8 @@ fn a_plain_machine_restores_the_clusters_backup() {
         s.shell("app", "echo precious > /data/file; sync")?;
         let backup = s.back_up("all").await?;
         let snapshot = backup.status.as_ref().and_then(|s| s.volumes.first()?.snapshot.clone()).context("snapshot")?;
-        let (endpoint, key, secret) = lifeboat_e2e::scenario::store();
         let target = tempfile::tempdir()?;
-        let location = format!("s3://{}?endpoint={endpoint}", s.namespace);
-        // The program runs where the store is: outside the nodes, with the location and the key and nothing else.
-        let output = lifeboat_e2e::scenario::launcher(&[
-            "outside",
-            "env",
-            &format!("LIFEBOAT_REPOSITORY={location}"),
-            &format!("LIFEBOAT_PASSWORD={}", lifeboat_e2e::scenario::PASSWORD),
-            &format!("AWS_ACCESS_KEY_ID={key}"),
-            &format!("AWS_SECRET_ACCESS_KEY={secret}"),
-            &std::env::var("LIFEBOAT_PROGRAM").context("LIFEBOAT_PROGRAM")?,
-            "restore",
-            &snapshot,
-            &target.path().to_string_lossy(),
-        ])?;
+        let output = s.lifeboat(&["restore", &snapshot, &target.path().to_string_lossy()])?;
         ensure!(std::fs::read_to_string(target.path().join("file"))? == "precious\n", "{output}");
         Ok(())
     });

@@ -1,6 +1,7 @@
 //! CSI snapshots on a real cluster: short freezes, one instant for several volumes, volumes that nobody has mounted,
 //! snapshots that stay on the storage, and that nothing is left behind.
 #![cfg(feature = "cluster")]
+#![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
@@ -108,6 +109,21 @@ fn three_volumes() -> Result<String> {
     Ok(serde_json::to_string(&json!({"apiVersion": "v1", "kind": "List", "items": all}))?)
 }
 
+/// The counters of the three volumes in the recovery points of a backup.
+fn counters(s: &Scenario, backup: &Backup) -> Result<[u64; 3]> {
+    let mut counted = [0; 3];
+    for (counter, claim) in counted.iter_mut().zip(["a", "b", "c"]) {
+        let snapshot = volume(backup, claim)?.snapshot.clone().context("a volume without a recovery point")?;
+        *counter = s.lifeboat(&["cat", &snapshot, "n"])?.trim().parse()?;
+    }
+    Ok(counted)
+}
+
+/// The writer goes from the first volume to the last: at any moment they differ by one, and never the other way.
+fn is_one_instant([a, b, c]: [u64; 3]) -> bool {
+    a >= b && b >= c && c + 1 >= a
+}
+
 #[test]
 fn three_volumes_of_one_application_show_one_instant() {
     scenario("snap-group", async |s: Scenario| {
@@ -120,14 +136,43 @@ fn three_volumes_of_one_application_show_one_instant() {
         ensure!(status.volumes.iter().all(|volume| volume.method == VolumeMethod::Group), "{:?}", status.volumes);
         println!("the cut took {:?} ms", status.cut_millis);
         nothing_is_left(&s).await?;
+        let counted = counters(&s, &backup)?;
+        ensure!(is_one_instant(counted), "not one instant: {counted:?}");
         s.lose_namespace()?;
         s.restore_newest("back").await?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
         let read = s.shell("app", "cat /a/n /b/n /c/n")?;
-        let counters: Vec<u64> = read.lines().map(str::parse).collect::<Result<_, _>>()?;
-        let [a, b, c] = counters[..] else { anyhow::bail!("three counters: {read}") };
-        ensure!(a >= b && b >= c && c + 1 >= a, "not one instant: {a} {b} {c}");
+        ensure!(read.lines().eq(counted.map(|n| n.to_string())), "restored {read}, backed up {counted:?}");
         Ok(())
+    });
+}
+
+/// The negative control: the storage copies one volume after the other, and what is asserted above must not hold.
+#[test]
+fn copies_made_one_after_the_other_are_seen_not_to_be_one_instant() {
+    scenario("snap-torn", async |s: Scenario| {
+        s.apply(&three_volumes()?)?;
+        s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
+        // Copies take the longer.
+        s.shell("app", "for v in a b c; do dd if=/dev/urandom of=/$v/fill bs=1M count=40 2>/dev/null; done; sync")?;
+        s.fault("CreateVolumeGroupSnapshot mode=torn")?;
+        let plan = plan_with(&s, &json!([{"method": "Group", "readyWithin": "30s"}]));
+        for number in 0..10 {
+            let name = format!("b{number}");
+            s.start_backup(&name, json!({"plan": plan})).await?;
+            let backup = s.backup_finished(&name).await?;
+            let is_whole = is_true(&backup.status.as_ref().context("status")?.conditions, ConditionType::Succeeded);
+            if !is_whole {
+                println!("{name}: a torn file system cannot even be mounted");
+                return Ok(());
+            }
+            let counted = counters(&s, &backup)?;
+            println!("{name}: {counted:?}");
+            if !is_one_instant(counted) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("copies went unnoticed ten times: the test of one instant cannot tell a cut from a copy")
     });
 }
 

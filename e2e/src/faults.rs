@@ -1,0 +1,71 @@
+//! What dies in scenarios, and how an application notices that it is frozen.
+
+use anyhow::Result;
+
+use crate::scenario::{INSTALLED_IN, Scenario, launcher};
+
+/// Commands on the nodes: nothing of it goes through the API server.
+fn on_all_nodes(command: &str) -> Result<()> {
+    for node in ["n1", "n2", "n3"] {
+        launcher(&["in-node", node, "sh", "-c", command])?;
+    }
+    Ok(())
+}
+
+/// Kills processes by the beginning of their command line. That there is none is no error: it may be dead already.
+pub fn kill(what: &str) -> Result<()> {
+    on_all_nodes(&format!("pkill -9 -f '^{what}' || [ $? -eq 1 ]"))
+}
+
+/// At least a controller, and an agent on each of three nodes.
+const LIFEBOATS_PODS: usize = 4;
+
+/// The controller's command line.
+pub const CONTROLLER: &str = "/lifeboat-controller";
+
+/// New pods, so that the pauses after their crashes do not add up.
+pub async fn fresh_lifeboat(s: &Scenario) -> Result<()> {
+    let pods = ["-n", INSTALLED_IN, "get", "pods", "-o"];
+    let names = |s: &Scenario| s.kubectl_cluster(&[&pods[..], &["name"]].concat());
+    let old = names(s)?;
+    s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "pods", "--all", "--grace-period=0", "--force"])?;
+    // A rollout may be told complete before the deletion is seen, and a list be empty before the successors are made.
+    s.eventually("the successors of all pods", async || {
+        let now = names(s)?;
+        Ok(now.lines().count() >= LIFEBOATS_PODS && old.lines().all(|gone| now.lines().all(|pod| pod != gone)))
+    })
+    .await?;
+    s.kubectl_cluster(&["-n", INSTALLED_IN, "wait", "--for=condition=Ready", "pods", "--all", "--timeout=120s"])
+        .map(|_| ())
+}
+
+/// An application that waits while `/tmp/frozen` is there, writes to its volume, and notes in `/tmp/gaps` how long it could
+/// not, in hundredths of a second.
+pub const BEAT: &str = r#"(last=
+while :; do
+  while [ -e /tmp/frozen ]; do sleep 0.02; done
+  echo beat >> /data/beat
+  read up rest </proc/uptime
+  now=${up%.*}${up#*.}
+  [ -z "$last" ] || [ $((now - last)) -lt 30 ] || echo $((now - last)) >> /tmp/gaps
+  last=$now
+  sleep 0.02
+done) </dev/null >/dev/null 2>&1 &"#;
+
+/// The longest time that the application could not work since the last look.
+pub fn longest_gap(s: &Scenario) -> Result<u64> {
+    let gaps = s.shell("app", "cat /tmp/gaps 2>/dev/null; : > /tmp/gaps")?;
+    Ok(gaps.lines().filter_map(|line| line.parse::<u64>().ok()).max().unwrap_or(0) * 10)
+}
+
+/// A number that differs from round to round and is the same in every run with the same seed.
+pub fn chance(seed: u64) -> u64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    state ^= state >> 29;
+    state.wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32
+}
+
+/// A number from the environment.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
