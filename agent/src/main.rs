@@ -1,6 +1,7 @@
 //! `lifeboat-agent`: moves data between the volumes of one node and repositories; guards workloads that are frozen.
 
 mod guardian;
+mod maintain;
 mod metrics;
 mod outcome;
 mod report;

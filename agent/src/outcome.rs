@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use lifeboat_crds::backup::{SkippedFile, Transfer};
+use lifeboat_crds::cluster_repository::Reclaimed;
 use lifeboat_crds::conditions::Reason;
 use lifeboat_crds::volume_task::TaskResult;
 use lifeboat_process::access::AccessError;
@@ -90,6 +91,13 @@ pub(crate) fn sample<'a>(left_out: impl Iterator<Item = (&'a [u8], String)>) -> 
 /// The condition's message of a task that ended well.
 pub(crate) fn message(result: &TaskResult) -> String {
     let Transfer { files, read_bytes, stored_bytes, .. } = result.transfer;
+    if let Some(reclaimed) = &result.reclaimed {
+        let Reclaimed { snapshots, deleted_bytes, waiting_for, .. } = reclaimed;
+        return match waiting_for {
+            0 => format!("{snapshots} expired snapshots removed, {deleted_bytes} bytes deleted"),
+            _ => format!("{deleted_bytes} bytes deleted; {waiting_for} backups that began before are waited for"),
+        };
+    }
     let all = format!("{files} files, {read_bytes} bytes read, {stored_bytes} stored");
     match result.skipped_sample.first() {
         None if result.skipped == 0 => all,

@@ -18,6 +18,7 @@ use lifeboat_repository::restore::{self, Existing, RestoreOptions};
 use lifeboat_repository::session::SessionOptions;
 use tracing::{Instrument, debug, info, info_span, warn};
 
+use crate::maintain;
 use crate::metrics::Metrics;
 use crate::outcome::{Failure, sample};
 use crate::report::Reporter;
@@ -54,8 +55,9 @@ impl Worker {
     /// Does the task and writes how it ended.
     pub(crate) async fn run(&self, task: VolumeTask, progress: Arc<Progress>) {
         let name = task.metadata.name.clone().unwrap_or_default();
+        let volume = task.spec.volume.as_ref();
         let span =
-            info_span!("task", task = name, claim = task.spec.volume.claim, namespace = task.spec.volume.namespace);
+            info_span!("task", task = name, claim = volume.map(|v| &v.claim), namespace = volume.map(|v| &v.namespace));
         self.metrics.running.inc();
         self.attempt(task, progress).instrument(span).await;
         self.metrics.running.dec();
@@ -127,35 +129,35 @@ impl Worker {
         let left = Duration::try_from(left)
             .map_err(|_| Failure::new(Reason::TimedOut, "the task's deadline was over before it began"))?;
         enter("Open");
-        let mounted = volume::find(&self.kubelet_dir, &spec.volume)?;
+        let mounted = |volume| volume::find(&self.kubelet_dir, volume).map(|mounted| (volume, mounted));
+        let found = spec.volume.as_ref().map(mounted).transpose()?;
         let access = &spec.repository;
         let repository = self.access.open(&access.backend, &access.encryption_secret, Some(&access.id)).await?;
         if let Some(session) = earlier {
             abort_earlier(&repository, &session).await?;
         }
+        let Some((volume, mounted)) = found else {
+            return maintain::maintain(&repository, &spec.operation, left, reporter, progress).await;
+        };
         let work = async {
             match &spec.operation {
                 Operation::Backup(operation) => {
                     self.back_up(&repository, &mounted, operation, reporter, progress).await
                 }
                 Operation::Restore(operation) => restore(&repository, &mounted, operation, reporter, progress).await,
+                Operation::Maintain(_) => Err(Failure::new(Reason::InternalError, "maintenance works on no volume")),
             }
         };
         let stopped = Arc::new(OnceLock::new());
-        let guard = tokio::spawn(guard(
-            mounted.clone(),
-            spec.volume.pod.clone(),
-            left,
-            Arc::clone(progress),
-            Arc::clone(&stopped),
-        ));
+        let guard =
+            tokio::spawn(guard(mounted.clone(), volume.pod.clone(), left, Arc::clone(progress), Arc::clone(&stopped)));
         // The work is never dropped half-way: it is told to stop, and then decides its session itself.
         let outcome = work.await;
         guard.abort();
         match stopped.get() {
             Some(failure) => Err(failure.clone()),
             None if mounted.is_still_there() => outcome,
-            None => Err(volume::VolumeError::PodGone { pod: spec.volume.pod.clone() }.into()),
+            None => Err(volume::VolumeError::PodGone { pod: volume.pod.clone() }.into()),
         }
     }
 
@@ -207,6 +209,7 @@ impl Worker {
             skipped_sample: sample(
                 report.skipped.iter().map(|skipped| (skipped.path.as_slice(), skipped.reason.to_string())),
             ),
+            reclaimed: None,
         })
     }
 }
@@ -248,7 +251,7 @@ async fn guard(
 }
 
 /// Why the work was stopped from outside, if it was.
-fn stopped(progress: &Progress) -> Option<Failure> {
+pub(crate) fn stopped(progress: &Progress) -> Option<Failure> {
     progress.is_cancelled().then(|| Failure::new(Reason::Cancelled, "the task was deleted"))
 }
 
@@ -283,5 +286,6 @@ async fn restore(
         },
         skipped: report.failed.len() as u64,
         skipped_sample: sample(report.failed.iter().map(|failed| (failed.path.as_slice(), failed.to_string()))),
+        reclaimed: None,
     })
 }

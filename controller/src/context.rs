@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
+use crate::dispatch::Dispatch;
 use crate::metrics::Metrics;
 
 /// Shared by all control loops.
@@ -28,6 +29,8 @@ pub(crate) struct Context {
     pub(crate) namespace: String,
     pub(crate) image: String,
     pub(crate) image_pull_policy: String,
+    pub(crate) image_pull_secrets: Vec<String>,
+    pub(crate) dispatch: Dispatch,
     pub(crate) access: RepositoryAccess,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,

@@ -18,6 +18,8 @@ pub(crate) struct Hold<'a> {
     pub(crate) read_only: bool,
     /// Only beside an agent, and away from a node that fell silent.
     pub(crate) beside_agent: bool,
+    /// The node that it should run on, if its volume can be mounted there.
+    pub(crate) node: Option<&'a str>,
 }
 
 /// It fulfils the `restricted` pod security standard and has no token.
@@ -43,25 +45,35 @@ pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
         }],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted, "readOnly": hold.read_only}}],
     });
+    let mut tolerations: Vec<_> = context.dispatch.tolerations.iter().map(|one| json!(one)).collect();
     if hold.beside_agent {
-        spec["affinity"] = beside_agent();
-        spec["tolerations"] = leave_lost_nodes();
+        spec["affinity"] = beside_agent(hold.node);
+        tolerations.extend(leave_lost_nodes());
     }
+    spec["tolerations"] = tolerations.into();
+    let secrets: Vec<_> = context.image_pull_secrets.iter().map(|name| json!({"name": name})).collect();
+    spec["imagePullSecrets"] = secrets.into();
     let metadata = hold.owner.metadata(hold.pod, hold.claim);
     Ok(serde_json::from_value(json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))?)
 }
 
-fn beside_agent() -> Value {
-    json!({"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{
+/// The node is a wish: the scheduler knows all that a volume needs.
+fn beside_agent(node: Option<&str>) -> Value {
+    let mut affinity = json!({"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{
         "topologyKey": "kubernetes.io/hostname",
         "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "lifeboat", "app.kubernetes.io/component": "agent"}},
-    }]}})
+    }]}});
+    if let Some(node) = node {
+        let here = json!({"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]});
+        affinity["nodeAffinity"] =
+            json!({"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": here}]});
+    }
+    affinity
 }
 
 /// The default is to wait for five minutes; the snapshot can be mounted elsewhere at once.
-fn leave_lost_nodes() -> Value {
+fn leave_lost_nodes() -> impl Iterator<Item = Value> {
     ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"]
-        .iter()
+        .into_iter()
         .map(|key| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 10}))
-        .collect()
 }

@@ -4,6 +4,7 @@ mod account;
 mod backup;
 mod child;
 mod context;
+mod dispatch;
 mod holder;
 mod hooks;
 mod lease;
@@ -51,6 +52,18 @@ struct Options {
     /// How restore pods pull it.
     #[arg(long, default_value = "IfNotPresent")]
     image_pull_policy: String,
+    /// Secrets of Lifeboat's namespace with which it is pulled; given once each.
+    #[arg(long = "image-pull-secret")]
+    image_pull_secrets: Vec<String>,
+    /// What pods that hold volumes tolerate: a JSON list, as in a pod's spec.
+    #[arg(long, default_value = "[]", value_parser = tolerations)]
+    pod_tolerations: Tolerations,
+    /// Volumes that are read or written on one node at once; a restore may be one more.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    volumes_per_node: u32,
+    /// Applications that are brought to rest at once.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    max_at_rest: u32,
     /// Where small objects of repositories are kept.
     #[arg(long, env = "LIFEBOAT_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
@@ -71,6 +84,13 @@ enum Command {
     Steps,
 }
 
+/// Of pods, as they stand in a pod's spec.
+type Tolerations = Vec<k8s_openapi::api::core::v1::Toleration>;
+
+fn tolerations(text: &str) -> Result<Tolerations, serde_json::Error> {
+    serde_json::from_str(text)
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
@@ -88,6 +108,8 @@ async fn main() -> Result<()> {
         namespace: options.namespace.clone(),
         image: options.image,
         image_pull_policy: options.image_pull_policy,
+        image_pull_secrets: options.image_pull_secrets,
+        dispatch: dispatch::Dispatch::new(options.volumes_per_node, options.max_at_rest, options.pod_tolerations),
         cluster: tokio::sync::OnceCell::new(),
         client: client.clone(),
         config,

@@ -1,6 +1,7 @@
 //! What the controller counts.
 
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
@@ -14,6 +15,9 @@ pub(crate) struct Metrics {
     pub(crate) reconcile_errors: Counter,
     pub(crate) backup_seconds: Histogram,
     pub(crate) freeze_seconds: Histogram,
+    pub(crate) backups_waiting: Gauge,
+    pub(crate) restores_waiting: Gauge,
+    pub(crate) dispatch_wait_seconds: Histogram,
 }
 
 impl Metrics {
@@ -26,6 +30,9 @@ impl Metrics {
             reconcile_errors: Counter::default(),
             backup_seconds: Histogram::new(exponential_buckets(1.0, 2.0, 16)),
             freeze_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 16)),
+            backups_waiting: Gauge::default(),
+            restores_waiting: Gauge::default(),
+            dispatch_wait_seconds: Histogram::new(exponential_buckets(0.1, 2.0, 18)),
         };
         registry.register("backups_succeeded", "Backups that ended well", metrics.backups_succeeded.clone());
         registry.register("backups_failed", "Backups that ended badly", metrics.backups_failed.clone());
@@ -38,6 +45,21 @@ impl Metrics {
         );
         registry.register("backup_seconds", "How long backups took", metrics.backup_seconds.clone());
         registry.register("freeze_seconds", "How long applications were frozen", metrics.freeze_seconds.clone());
+        registry.register(
+            "backups_waiting",
+            "Volumes to be backed up and applications to be brought to rest that wait for their turn",
+            metrics.backups_waiting.clone(),
+        );
+        registry.register(
+            "restores_waiting",
+            "Volumes to be restored that wait for their turn",
+            metrics.restores_waiting.clone(),
+        );
+        registry.register(
+            "dispatch_wait_seconds",
+            "How long after its due time work had its turn",
+            metrics.dispatch_wait_seconds.clone(),
+        );
         metrics
     }
 }

@@ -38,7 +38,8 @@ pub(crate) struct Order {
     pub(crate) owner: String,
     pub(crate) owner_uid: String,
     pub(crate) node: String,
-    pub(crate) volume: MountedVolume,
+    /// None for maintenance.
+    pub(crate) volume: Option<MountedVolume>,
     pub(crate) repository: RepositoryAccess,
     pub(crate) operation: Operation,
     pub(crate) deadline: jiff::Timestamp,
@@ -46,16 +47,15 @@ pub(crate) struct Order {
 
 /// Makes the task unless it exists.
 pub(crate) async fn create(api: &Api<VolumeTask>, order: Order) -> Result<()> {
-    let marks = [
-        (labels::MANAGED_BY, "lifeboat".to_owned()),
-        (labels::OWNER_UID, order.owner_uid),
-        (labels::CLAIM, label_value(&order.volume.claim)),
-    ];
+    let claim = order.volume.as_ref().map(|volume| (labels::CLAIM, label_value(&volume.claim)));
+    let marks = [(labels::MANAGED_BY, "lifeboat".to_owned()), (labels::OWNER_UID, order.owner_uid)];
     let task = VolumeTask {
         metadata: ObjectMeta {
             name: Some(order.name.clone()),
             annotations: Some([(labels::OWNER.to_owned(), order.owner)].into()),
-            labels: Some(marks.into_iter().map(|(key, value)| (key.to_owned(), value)).collect::<BTreeMap<_, _>>()),
+            labels: Some(
+                marks.into_iter().chain(claim).map(|(key, value)| (key.to_owned(), value)).collect::<BTreeMap<_, _>>(),
+            ),
             ..ObjectMeta::default()
         },
         spec: VolumeTaskSpec {
@@ -93,10 +93,11 @@ pub(crate) async fn delete_of(api: &Api<VolumeTask>, owner_uid: &str) -> Result<
     Ok(())
 }
 
-/// The owner of a task, if it is of this kind: namespace and name.
+/// The owner of a task, if it is of this kind: namespace (none for maintenance) and name.
 pub(crate) fn owner(task: &VolumeTask, kind: &str) -> Option<(String, String)> {
     let (found, name) = task.annotations().get(labels::OWNER)?.split_once('/')?;
-    (found == kind).then(|| (task.spec.volume.namespace.clone(), name.to_owned()))
+    let namespace = task.spec.volume.as_ref().map(|volume| volume.namespace.clone()).unwrap_or_default();
+    (found == kind).then(|| (namespace, name.to_owned()))
 }
 
 /// How a task stands.

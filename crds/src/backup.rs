@@ -46,6 +46,19 @@ pub struct BackupSpec {
     /// What to back up without a policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<BackupPlan>,
+    /// What the deletion of this object does to the data.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+}
+
+/// What the deletion of a `Backup` does to its recovery point in the repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DeletionPolicy {
+    /// It stays until retention or somebody with access to the repository removes it.
+    #[default]
+    Retain,
+    /// It goes as well, unless the whole namespace is being deleted.
+    Delete,
 }
 
 /// Names a `BackupPolicy` of the same namespace.
@@ -96,7 +109,7 @@ pub struct BackupStatus {
     /// How far it is; derived from the conditions.
     #[serde(default)]
     pub phase: Phase,
-    /// `Resolved`, `Quiesced`, `Cut`, `Captured`, `Succeeded`.
+    /// `Resolved`, `Waiting`, `Quiesced`, `Cut`, `Captured`, `Succeeded`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When work began.
@@ -126,6 +139,9 @@ pub struct BackupStatus {
     /// How long it took until the last snapshot was made, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut_millis: Option<u64>,
+    /// When it had its turn to bring the application to rest, or to read volumes where they are mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admitted_at: Option<Time>,
     /// The captured objects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objects: Option<ObjectsStatus>,
@@ -257,9 +273,12 @@ pub struct VolumeBackupStatus {
     /// That pod's UID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
-    /// The node that it is read on.
+    /// The node that it is read on, or is to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// When its snapshot had its turn to be mounted and read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dispatched_at: Option<Time>,
     /// How far it is.
     #[serde(default)]
     pub phase: Phase,
@@ -294,7 +313,7 @@ pub struct VolumeCut {
     pub storage_class: String,
     /// The size of the volume, as a quantity.
     pub size: String,
-    /// The longest time until it can be read, in seconds.
+    /// The longest time until it can be read, in seconds, from its turn.
     pub ready_within_seconds: u64,
     /// The driver's name of the snapshot. Set when the snapshot is made, never before.
     #[serde(default, skip_serializing_if = "Option::is_none")]

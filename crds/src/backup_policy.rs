@@ -86,7 +86,7 @@ pub struct BackupPolicyStatus {
     /// The generation of the spec that this status speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`.
+    /// `Ready`, `MaintenanceHealthy`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// The due time of the newest scheduled run that was created or left out.
@@ -101,4 +101,23 @@ pub struct BackupPolicyStatus {
     /// When the next run starts, jitter included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_run_time: Option<Time>,
+    /// What retention did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionStatus>,
+}
+
+/// What retention did last.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RetentionStatus {
+    /// When.
+    pub time: Time,
+    /// The backup after which it ran.
+    pub after_backup: String,
+    /// The generation of the policy by which it decided.
+    pub generation: i64,
+    /// Recovery points of the policy that stay.
+    pub kept: u64,
+    /// Recovery points that were removed. Maintenance of the repository gives their space back.
+    pub removed: u64,
 }

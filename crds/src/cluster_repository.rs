@@ -5,6 +5,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::DurationString;
+
 /// Where a repository lies, how it is encrypted and which namespaces may use it.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
@@ -20,6 +22,7 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
     printcolumn(name = "Recovery Points", type_ = "integer", json_path = ".status.recoveryPoints"),
+    printcolumn(name = "Maintained", type_ = "date", json_path = ".status.maintenance.lastSuccessTime"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(
         name = "Message",
@@ -44,6 +47,72 @@ pub struct ClusterRepositorySpec {
     /// `ReadOnly` allows restores only.
     #[serde(default)]
     pub mode: Mode,
+    /// How much goes on at once.
+    #[serde(default)]
+    pub limits: Limits,
+    /// When space of what expired is given back.
+    #[serde(default)]
+    pub maintenance: Maintenance,
+}
+
+/// How many volumes are read into a repository at once. Restores count among themselves and are never held up by backups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Limits {
+    /// In all. Default: 32.
+    #[serde(default = "default_volumes")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub volumes: u32,
+    /// Of one namespace. Default: 8.
+    #[serde(default = "default_volumes_per_namespace")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub volumes_per_namespace: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { volumes: default_volumes(), volumes_per_namespace: default_volumes_per_namespace() }
+    }
+}
+
+fn default_volumes() -> u32 {
+    32
+}
+
+fn default_volumes_per_namespace() -> u32 {
+    8
+}
+
+/// When an agent looks for what no recovery point refers to any more, and deletes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Maintenance {
+    /// No maintenance while true: nothing is deleted, and the repository grows.
+    #[serde(default)]
+    pub suspend: bool,
+    /// Five fields: minute, hour, day of month, month, day of week; or `@hourly`, `@daily`, `@weekly`, `@monthly`. Default: `@daily`.
+    #[serde(default = "default_maintenance_cron")]
+    #[schemars(length(min = 1, max = 128))]
+    #[x_kube(validation = Rule::new("self.matches('^(@(hourly|daily|weekly|monthly|yearly)|[^ ]+( +[^ ]+){4})$')")
+        .message("cron must have five fields, such as '0 3 * * *', or be @hourly, @daily, @weekly, @monthly or @yearly"))]
+    pub cron: String,
+    /// A name of the IANA time zone database, such as `Europe/Berlin`. Default: `UTC`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub time_zone: Option<String>,
+    /// Runs of several repositories are spread over this time after the due time. Default: `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jitter: Option<DurationString>,
+}
+
+impl Default for Maintenance {
+    fn default() -> Self {
+        Self { suspend: false, cron: default_maintenance_cron(), time_zone: None, jitter: None }
+    }
+}
+
+fn default_maintenance_cron() -> String {
+    "@daily".to_owned()
 }
 
 /// The store that holds a repository. Exactly one.
@@ -160,7 +229,7 @@ pub struct ClusterRepositoryStatus {
     /// The generation of the spec that this status speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `Reachable`.
+    /// `Ready`, `Reachable`, `MaintenanceHealthy`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// The repository's id, from its `config` object, in hexadecimal.
@@ -175,4 +244,47 @@ pub struct ClusterRepositoryStatus {
     /// When the store was last spoken to with success.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_contact: Option<Time>,
+    /// What came of maintenance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maintenance: Option<MaintenanceStatus>,
+}
+
+/// What came of the maintenance of a repository.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MaintenanceStatus {
+    /// The due time of the newest run that was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_schedule_time: Option<Time>,
+    /// When the next run starts, jitter included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_run_time: Option<Time>,
+    /// The `VolumeTask` of the run that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
+    /// When the newest run ended, well or badly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_completion_time: Option<Time>,
+    /// When the newest run that went well ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_success_time: Option<Time>,
+    /// What the newest run that went well did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_result: Option<Reclaimed>,
+}
+
+/// What a run of maintenance did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Reclaimed {
+    /// Expired snapshots (of volumes, objects and recovery points) of which every trace was removed.
+    pub snapshots: u64,
+    /// Bytes that were deleted in the store.
+    pub deleted_bytes: u64,
+    /// Bytes that were copied, so that mostly dead objects could be deleted.
+    pub copied_bytes: u64,
+    /// Sessions without a sign of life that were aborted.
+    pub aborted: u64,
+    /// Backups that began before and still run: what is left is deleted when they are done, by a run soon after this one.
+    pub waiting_for: u64,
 }

@@ -39,6 +39,8 @@ names! {
         Reachable,
         /// `Backup`: what is to be backed up is resolved and pinned in the status.
         Resolved,
+        /// `Backup`, `Restore`: `True` while it waits for its turn; reason and message say what for.
+        Waiting,
         /// `Backup`: the application was quiesced and has been thawed again. `False` with a reason when a step failed.
         Quiesced,
         /// `Backup`: every snapshot is made on the storage. From then on the application need not rest any more.
@@ -49,6 +51,8 @@ names! {
         Planned,
         /// `Restore`: every volume has its data.
         DataReady,
+        /// `ClusterRepository`: the last maintenance ended well. `BackupPolicy`: the last run of its retention did.
+        MaintenanceHealthy,
         /// `Backup`, `Restore`, `VolumeTask`: ended well (`True`), ended badly (`False`), still going on (`Unknown`).
         Succeeded,
     }
@@ -66,6 +70,16 @@ names! {
         InProgress,
         /// Waiting for something else, named in the message.
         Waiting,
+        /// The node, or every node that would do, has as many volumes under way as it may.
+        NodeBusy,
+        /// The repository has as many volumes under way as it may.
+        RepositoryBusy,
+        /// The namespace has as many volumes under way as it may.
+        NamespaceBusy,
+        /// As many applications are at rest as may be at once.
+        QuiesceBusy,
+        /// Recovery points were removed by retention. An event.
+        Expired,
         /// Ended with everything that was asked for.
         Completed,
         /// Ended, but the files named in the message and in the status could not be read.

@@ -59,6 +59,10 @@ pub mod labels {
     pub const RESTORED_FROM: &str = "lifeboat.dev/restored-from";
     /// On a `Backup` or `Restore` that runs: what it froze is thawed and what it made is removed before it goes. A finalizer.
     pub const FINALIZER: &str = "lifeboat.dev/run";
+    /// On a `Backup` whose `deletionPolicy` is `Delete`: its recovery point is forgotten before it goes. A finalizer.
+    pub const DATA_FINALIZER: &str = "lifeboat.dev/data";
+    /// On a `Backup` whose recovery point retention removes: set before that, so that the object goes whatever dies in between. An annotation.
+    pub const EXPIRED: &str = "lifeboat.dev/expired";
     /// The beginning of all annotations by which a pod declares how it is brought to rest.
     pub const QUIESCE: &str = "quiesce.lifeboat.dev/";
     /// `lifeboat`, on every object that Lifeboat makes for itself, which captures therefore leave out.

@@ -114,7 +114,7 @@ pub struct VolumeRule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub snapshot_class: Option<String>,
-    /// The longest time from the cut until the snapshot can be read. Default: `1h`.
+    /// The longest time until the snapshot can be read, from its turn. Default: `1h`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("readyWithin must be longer than zero, such as 30m"))]
     pub ready_within: Option<DurationString>,
@@ -308,6 +308,44 @@ pub struct RepositoryTier {
     /// The repository.
     #[serde(rename = "ref")]
     pub reference: RepositoryRef,
+    /// Which of the policy's recovery points stay. Default: all. The newest, and the newest in which nothing is missing, always stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<Keep>,
+}
+
+/// Which recovery points stay: those that any of the rules holds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.last) || has(self.hourly) || has(self.daily) || has(self.weekly) || has(self.monthly) || has(self.yearly) || has(self.within)")
+    .message("write at least one of last, hourly, daily, weekly, monthly, yearly and within; leave keep out to keep everything"))]
+pub struct Keep {
+    /// The newest so many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub last: Option<u32>,
+    /// The newest of each of the last so many hours that have any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub hourly: Option<u32>,
+    /// The same of days.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub daily: Option<u32>,
+    /// The same of weeks, which begin on Monday.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub weekly: Option<u32>,
+    /// The same of months.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub monthly: Option<u32>,
+    /// The same of years.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub yearly: Option<u32>,
+    /// All that are not older than this, counted from the newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within: Option<DurationString>,
 }
 
 /// Names a `ClusterRepository`.
@@ -324,6 +362,14 @@ impl BackupPlan {
     pub fn repository(&self) -> Option<&RepositoryRef> {
         self.tiers.iter().find_map(|tier| match tier {
             Tier::Repository(tier) => Some(&tier.reference),
+            Tier::Snapshot(_) => None,
+        })
+    }
+
+    /// Which recovery points stay in the repository; `None`: all.
+    pub fn keep(&self) -> Option<&Keep> {
+        self.tiers.iter().find_map(|tier| match tier {
+            Tier::Repository(tier) => tier.keep.as_ref(),
             Tier::Snapshot(_) => None,
         })
     }

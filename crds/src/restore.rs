@@ -130,7 +130,7 @@ pub struct RestoreStatus {
     /// How far it is; derived from the conditions.
     #[serde(default)]
     pub phase: Phase,
-    /// `Planned`, `DataReady`, `Succeeded`.
+    /// `Planned`, `Waiting`, `DataReady`, `Succeeded`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When work began.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     backup::{Phase, SkippedFile, Transfer},
-    cluster_repository::{Backend, SecretRef},
+    cluster_repository::{Backend, Reclaimed, SecretRef},
 };
 
 /// One unit of work for one node's agent. Made by the controller; not for people to write.
@@ -26,19 +26,28 @@ use crate::{
     doc = "One unit of work for one node's agent. Internal to Lifeboat.",
     printcolumn(name = "State", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName"),
+    printcolumn(name = "Repository", type_ = "string", json_path = ".spec.repository.name"),
     printcolumn(name = "Namespace", type_ = "string", json_path = ".spec.volume.namespace"),
     printcolumn(name = "Claim", type_ = "string", json_path = ".spec.volume.claim"),
     printcolumn(name = "Bytes", type_ = "integer", json_path = ".status.progress.bytesDone"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        priority = "1",
+        json_path = ".status.conditions[?(@.type==\"Succeeded\")].message"
+    )
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("self == oldSelf").message("a VolumeTask cannot be changed"))]
+#[x_kube(validation = Rule::new("self == oldSelf").message("a VolumeTask cannot be changed"),
+    validation = Rule::new("has(self.volume) != has(self.operation.maintain)").message("only maintenance needs no volume"))]
 pub struct VolumeTaskSpec {
     /// The node whose agent does the work.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: String,
-    /// The volume, as a pod on that node has it mounted.
-    pub volume: MountedVolume,
+    /// The volume, as a pod on that node has it mounted. Maintenance has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<MountedVolume>,
     /// The repository and how to open it.
     pub repository: RepositoryAccess,
     /// What is done.
@@ -87,6 +96,16 @@ pub enum Operation {
     Backup(BackupOperation),
     /// Writes a snapshot into the volume, which must be empty but for `lost+found`.
     Restore(RestoreOperation),
+    /// Deletes what no recovery point of the repository refers to any more.
+    Maintain(MaintainOperation),
+}
+
+/// Gives space of what expired back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MaintainOperation {
+    /// How long to wait for backups that began before, in seconds.
+    pub patience_seconds: u64,
 }
 
 /// Reads a volume into the repository.
@@ -162,7 +181,7 @@ pub struct Progress {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TaskResult {
-    /// The snapshot that was committed (backup) or restored.
+    /// The snapshot that was committed (backup) or restored; empty after maintenance.
     pub snapshot: String,
     /// The parent that unchanged files were taken from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -174,4 +193,7 @@ pub struct TaskResult {
     /// The first of these, 20 at most.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped_sample: Vec<SkippedFile>,
+    /// What maintenance did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reclaimed: Option<Reclaimed>,
 }

@@ -36,6 +36,8 @@ pub(super) enum Step {
     /// Keep the object until everything is undone.
     Hold,
     Resolve,
+    /// Ask for a turn to bring the application to rest, or to read volumes where they are mounted.
+    Admit,
     Capture,
     Freeze,
     /// Write down that the freeze failed or was too long.
@@ -64,6 +66,7 @@ impl Step {
         match self {
             Self::Hold => "Hold",
             Self::Resolve => "Resolve",
+            Self::Admit => "Admit",
             Self::Capture => "Capture",
             Self::Freeze => "Freeze",
             Self::NoteFreezeFailure(..) => "NoteFreezeFailure",
@@ -82,9 +85,10 @@ impl Step {
 }
 
 /// The names of all steps, in the order in which a backup takes them; those that follow a failure last.
-pub(crate) const STEPS: [&str; 15] = [
+pub(crate) const STEPS: [&str; 16] = [
     "Hold",
     "Resolve",
+    "Admit",
     "Capture",
     "Freeze",
     "StartTasks",
@@ -105,13 +109,20 @@ fn is_frozen(status: &BackupStatus) -> bool {
 }
 
 /// The key of a volume's reading: a snapshot that is mounted anew is read by another task.
-pub(super) fn reading_key(volume: &VolumeBackupStatus) -> String {
+pub(crate) fn reading_key(volume: &VolumeBackupStatus) -> String {
     if volume.attempt == 0 { volume.claim_uid.clone() } else { format!("{}#{}", volume.claim_uid, volume.attempt) }
 }
 
 /// The name of the task that reads a volume.
 pub(super) fn task_name(uid: &str, volume: &VolumeBackupStatus) -> String {
     task::name('b', uid, &reading_key(volume))
+}
+
+/// Whether the backup has to have its turn before it goes on: it will bring the application to rest, or read volumes live.
+fn needs_turn(status: &BackupStatus) -> bool {
+    let rests = status.plan.as_ref().is_some_and(|plan| plan.quiesce.is_some());
+    let reads_live = status.volumes.iter().any(|volume| volume.method == VolumeMethod::Live);
+    status.admitted_at.is_none() && status.objects.is_none() && (rests || reads_live)
 }
 
 fn is_uncut(volume: &VolumeBackupStatus) -> bool {
@@ -143,6 +154,10 @@ pub(super) fn next_step(facts: &Facts<'_>, now: Timestamp) -> Step {
         return Step::Hold;
     }
     let Some(plan) = &status.plan else { return Step::Resolve };
+    if needs_turn(status) {
+        // Nothing was done yet: what was to be read may have moved to another pod.
+        return if facts.vanished.is_some() { Step::Resolve } else { Step::Admit };
+    }
     if let Some((reason, message)) = failure(facts, now) {
         return if is_frozen(status) { Step::Thaw } else { Step::Fail(reason, message) };
     }
@@ -278,6 +293,7 @@ fn volume_failure(facts: &Facts<'_>, volume: &VolumeBackupStatus, now: Timestamp
         .cut
         .as_ref()
         .map(|cut| SignedDuration::from_secs(cut.ready_within_seconds.try_into().unwrap_or(i64::MAX)))?;
+    let since = volume.dispatched_at.as_ref().map(|since| now.duration_since(since.0))?;
     if is_unexposed(facts.uid, volume, facts.tasks) && since > within {
         let message = format!(
             "the snapshot of the claim {claim} could not be mounted within {within:#}{why}; allow more with readyWithin, or look at the driver's logs"
@@ -376,6 +392,8 @@ mod tests {
         assert_eq!(World::new(json!({})).step(NOW), Step::Resolve);
         let mut captured = status("Fail", None, false, false);
         captured["objects"] = Value::Null;
+        assert_eq!(World::new(captured.clone()).step(NOW), Step::Admit);
+        captured["admittedAt"] = json!("2026-01-01T00:00:00Z");
         assert_eq!(World::new(captured).step(NOW), Step::Capture);
         assert_eq!(World::new(status("Fail", None, false, false)).step(NOW), Step::Freeze);
         assert_eq!(World::new(status("Fail", Some(("Unknown", "Done")), true, false)).step(NOW), Step::StartTasks);
@@ -383,6 +401,36 @@ mod tests {
         assert_eq!(reading.step(NOW), Step::Wait(Some("2026-01-01T00:01:00Z".parse().unwrap())));
         assert_eq!(World::new(status("Fail", Some(("Unknown", "Done")), true, true)).step(NOW), Step::Thaw);
         assert_eq!(World::new(status("Fail", Some(("True", "Done")), false, true)).step(NOW), Step::Commit);
+    }
+
+    #[test]
+    fn who_rests_or_reads_live_waits_for_a_turn_before_anything_is_done_and_never_later() {
+        let waiting = |change: &dyn Fn(&mut Value)| {
+            let mut all = status("Fail", None, false, false);
+            all["objects"] = Value::Null;
+            change(&mut all);
+            World::new(all)
+        };
+        assert_eq!(waiting(&|_| {}).step(NOW), Step::Admit);
+        assert_eq!(
+            waiting(&|all| all["plan"]["quiesce"] = Value::Null).step(NOW),
+            Step::Admit,
+            "a volume is read live"
+        );
+        let only_cut = |all: &mut Value| {
+            *all = snapshot(None, false, None, false);
+            all["objects"] = Value::Null;
+            all["plan"]["quiesce"] = Value::Null;
+        };
+        assert_eq!(waiting(&only_cut).step(NOW), Step::Capture);
+        let mut moved = waiting(&|_| {});
+        moved.vanished = Some("p".into());
+        assert_eq!(moved.step(NOW), Step::Resolve, "its successor is found");
+        let mut deleted = waiting(&|_| {});
+        deleted.is_deleted = true;
+        assert_eq!(deleted.step(NOW), Step::Clean);
+        let begun = World::new(status("Fail", Some(("Unknown", "Done")), true, false));
+        assert_eq!(begun.step(NOW), Step::StartTasks, "what an older version began goes on");
     }
 
     #[test]
@@ -440,6 +488,7 @@ mod tests {
         all["volumes"][0]["cut"] = json!({
             "driver": "d", "class": "c", "volumeHandle": "v", "storageClass": "s", "size": "1Gi", "readyWithinSeconds": 600, "handle": handle
         });
+        all["volumes"][0]["dispatchedAt"] = json!("2026-01-01T00:00:00Z");
         all
     }
 
@@ -498,6 +547,9 @@ mod tests {
         assert_eq!(unready.step("2026-01-01T00:10:00Z"), Step::Expose);
         let Step::Fail(reason, message) = unready.step("2026-01-01T00:10:01Z") else { panic!("no failure") };
         assert!(reason == Reason::SnapshotNotReady && message.contains("readyWithin"), "{message}");
+        let mut queued = snapshot(THAWED, false, Some("h"), false);
+        queued["volumes"][0]["dispatchedAt"] = Value::Null;
+        assert_eq!(World::new(queued).step("2026-01-02T00:00:00Z"), Step::Expose, "waiting for a turn costs no time");
         let reading = World::new(snapshot(THAWED, false, Some("h"), false)).with_task(None);
         assert_eq!(reading.step("2026-01-01T01:00:00Z"), Step::Wait(None), "what is being read is in time");
     }

@@ -72,6 +72,7 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
         mounted: &name,
         read_only: true,
         beside_agent: true,
+        node: volume.node.as_deref(),
     };
     Ok(Exposure {
         content: storage::object(Kind::Content, pointer)?,
@@ -87,7 +88,7 @@ pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<()> {
     let before = run.status.clone();
     for number in 0..run.status.volumes.len() {
         let volume = &run.status.volumes[number];
-        if !decide::is_unexposed(&run.uid, volume, &tasks) {
+        if volume.dispatched_at.is_none() || !decide::is_unexposed(&run.uid, volume, &tasks) {
             continue;
         }
         match mounted(run, context, volume).await? {
@@ -202,6 +203,7 @@ pub(super) async fn renew(run: &mut Run, context: &Context, claim: &str) -> Resu
     let volume = &mut run.status.volumes[number];
     volume.attempt += 1;
     (volume.pod, volume.pod_uid, volume.node, volume.transfer) = (None, None, None, None);
+    volume.dispatched_at = None;
     volume.phase = Phase::Pending;
     volume.message = Some("the node or the pod that had the snapshot mounted was lost; it is mounted again".into());
     run.save(context).await?;

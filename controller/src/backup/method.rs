@@ -134,6 +134,7 @@ fn pending(claim: &PersistentVolumeClaim) -> VolumeBackupStatus {
         pod: None,
         pod_uid: None,
         node: None,
+        dispatched_at: None,
         phase: Phase::Pending,
         snapshot: None,
         transfer: None,

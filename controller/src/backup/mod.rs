@@ -13,9 +13,10 @@ mod method;
 mod quiesce;
 mod resolve;
 mod sweep;
+mod turn;
 
 pub(crate) use capture::offered as capture_resources;
-pub(crate) use decide::STEPS;
+pub(crate) use decide::{STEPS, reading_key};
 
 /// What a namespace may do with a repository, for backups and restores alike.
 pub(crate) mod refusal {
@@ -62,7 +63,9 @@ const MOUNT_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) async fn control(context: Arc<Context>) {
     let backups: Api<Backup> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    Controller::new(backups, watcher::Config::default())
+    let controller = Controller::new(backups, watcher::Config::default());
+    context.dispatch.backups.get_or_init(|| controller.store());
+    controller
         .watches(tasks, watcher::Config::default(), |task| {
             let (namespace, name) = task::owner(&task, "Backup")?;
             Some(ObjectRef::new(&name).within(&namespace))
@@ -109,6 +112,7 @@ impl Run {
         warn!(reason = reason.as_str(), message, "failed");
         self.status.phase = Phase::Failed;
         self.status.completion_time = Some(Time(Timestamp::now()));
+        self.note_waiting(None);
         self.set(ConditionType::Succeeded, State::False, reason, message.clone());
         self.save(context).await?;
         context.metrics.backups_failed.inc();
@@ -176,6 +180,11 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
                 return Ok(Next::Wait(pause));
             }
         }
+        Step::Admit => {
+            if let Some(pause) = turn::admit(run, context).await? {
+                return Ok(Next::Wait(pause));
+            }
+        }
         Step::Capture => Box::pin(capture::capture(run, context)).await?,
         Step::Freeze => quiesce::freeze(run, context).await?,
         Step::NoteFreezeFailure(reason, message) => {
@@ -196,8 +205,9 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             }
         }
         Step::Expose => {
+            let pause = turn::dispatch(run, context).await?;
             Box::pin(expose::expose(run, context)).await?;
-            return Ok(Next::Wait(MOUNT_PAUSE));
+            return Ok(Next::Wait(pause.unwrap_or(MOUNT_PAUSE)));
         }
         Step::Renew(claim) => expose::renew(run, context, &claim).await?,
         Step::Wait(until) => {
@@ -211,6 +221,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
         Step::Commit => commit::commit(run, context).await?,
         Step::Fail(reason, message) => run.fail(context, reason, message).await?,
         Step::Clean => {
+            context.dispatch.forget(context, &run.uid);
             quiesce::remove_leases(&run.uid, context).await?;
             task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
             if !sweep::sweep(run, context).await? {
@@ -325,7 +336,7 @@ async fn order(
         owner: format!("Backup/{}", run.name),
         owner_uid: run.uid.clone(),
         node: node.to_owned(),
-        volume: mount,
+        volume: Some(mount),
         repository: RepositoryAccess {
             name: pinned.name,
             id: pinned.id,

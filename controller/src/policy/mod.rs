@@ -14,7 +14,7 @@ use kube::runtime::controller::{Action, Controller};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
-use lifeboat_crds::backup::PolicyRef;
+use lifeboat_crds::backup::{DeletionPolicy, PolicyRef};
 use lifeboat_crds::backup_policy::Concurrency;
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::{Backup, BackupPolicy, BackupPolicyStatus, BackupSpec, ClusterRepository, labels};
@@ -116,7 +116,11 @@ async fn start(policy: &BackupPolicy, namespace: &str, due: Timestamp, context: 
             annotations: Some([(labels::SCHEDULED_AT.to_owned(), due.to_string())].into()),
             ..ObjectMeta::default()
         },
-        spec: BackupSpec { policy_ref: Some(PolicyRef { name: policy_name }), plan: None },
+        spec: BackupSpec {
+            policy_ref: Some(PolicyRef { name: policy_name }),
+            plan: None,
+            deletion_policy: DeletionPolicy::Retain,
+        },
         status: None,
     };
     match context.namespaced::<Backup>(namespace).create(&PostParams::default(), &backup).await {
@@ -267,7 +271,7 @@ mod tests {
     fn decided(policy: &BackupPolicy, running: bool) -> Decision {
         let plan = Plan::new(policy.spec.schedule.as_ref().unwrap(), "k").unwrap();
         let backups =
-            if running { vec![Backup::new("old", BackupSpec { policy_ref: None, plan: None })] } else { Vec::new() };
+            if running { vec![Backup::new("old", serde_json::from_value(json!({})).unwrap())] } else { Vec::new() };
         decide(policy, &plan, &Observed { repository_exists: true, backups }, "2026-05-01T01:00:05Z".parse().unwrap())
     }
 

@@ -25,7 +25,9 @@ const UNREADY_INTERVAL: Duration = Duration::from_secs(20);
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
     let api: Api<ClusterRepository> = Api::all(context.client.clone());
-    Controller::new(api, watcher::Config::default()).run(reconcile, on_error, context).for_each(|_| async {}).await;
+    let controller = Controller::new(api, watcher::Config::default());
+    context.dispatch.repositories.get_or_init(|| controller.store());
+    controller.run(reconcile, on_error, context).for_each(|_| async {}).await;
 }
 
 /// What was found.

@@ -19,6 +19,7 @@ use super::clones::cloned_form;
 use super::plan::{Captured, captured};
 use crate::child::Owner;
 use crate::context::Context;
+use crate::dispatch::{self, Kind, Need, Place, Verdict, Work};
 use crate::holder::{self, Hold};
 use crate::object::{ResourceName, restored_form};
 use crate::recovery_point::Description;
@@ -49,12 +50,12 @@ pub(super) async fn fill(run: &mut Run, context: &Context) -> Result<bool> {
     }
     let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
     let before = run.status.clone();
-    let mut failure = None;
+    let (mut failure, mut waits) = (None, None);
     for number in 0..run.status.volumes.len() {
         let volume = run.status.volumes[number].clone();
         let filled = match tasks.get(&task::name('r', &run.uid, &volume.claim)) {
             None if volume.phase == Phase::Succeeded => continue,
-            None => begin(run, context, volume).await?,
+            None => begin(run, context, volume, &mut waits).await?,
             Some(task) => observe(volume, task),
         };
         match filled {
@@ -66,6 +67,7 @@ pub(super) async fn fill(run: &mut Run, context: &Context) -> Result<bool> {
         run.fail(context, reason, message).await?;
         return Ok(true);
     }
+    run.note_waiting(waits);
     // Written down before the pods go: what is filled or cloned is not mounted again.
     if run.status != before {
         run.save(context).await?;
@@ -185,6 +187,7 @@ async fn begin(
     run: &Run,
     context: &Context,
     mut volume: VolumeRestoreStatus,
+    waits: &mut Option<Refused>,
 ) -> Result<Result<VolumeRestoreStatus, Refused>> {
     let claims = context.namespaced::<PersistentVolumeClaim>(&run.namespace);
     let claim = claims.get_opt(&volume.claim).await.context("cannot read a claim")?;
@@ -228,12 +231,34 @@ async fn begin(
         Ok((_, object)) => object,
         Err(error) => return Ok(Err((error.reason, error.message))),
     };
+    if let Some((reason, message)) = turn(run, context, &volume.claim, node).await? {
+        volume.message = Some(format!("waiting for its turn: {message}"));
+        waits.get_or_insert_with(|| (reason, format!("the volume of the claim {} waits: {message}", volume.claim)));
+        return Ok(Ok(volume));
+    }
     order(run, context, &volume, &pod, node, pv, object).await?;
     info!(claim = volume.claim, node, "the volume is being filled");
     volume.node = Some(node.clone());
     volume.phase = Phase::Running;
     volume.message = None;
     Ok(Ok(volume))
+}
+
+/// What the filling of a claim waits for, if it does not have its turn.
+async fn turn(run: &Run, context: &Context, claim: &str, node: &str) -> Result<Option<Refused>> {
+    let made = run.restore.metadata.creation_timestamp.as_ref().map_or_else(Timestamp::now, |made| made.0);
+    let work = Work {
+        key: dispatch::volume_key(&run.uid, claim),
+        kind: Kind::Restore,
+        repository: run.status.repository.as_ref().map(|repository| repository.name.clone()).unwrap_or_default(),
+        namespace: run.namespace.clone(),
+        due: made,
+        need: Need::Volume(Place::On(node.to_owned())),
+    };
+    Ok(match context.dispatch.ask(context, work).await? {
+        Verdict::Start(_) => None,
+        Verdict::Wait { reason, message, .. } => Some((reason, message)),
+    })
 }
 
 /// Why a clone that did not come in time is given up.
@@ -264,14 +289,14 @@ async fn order(
         owner: format!("Restore/{}", run.name),
         owner_uid: run.uid.clone(),
         node: node.to_owned(),
-        volume: MountedVolume {
+        volume: Some(MountedVolume {
             namespace: run.namespace.clone(),
             claim: volume.claim.clone(),
             claim_uid: volume.claim_uid.clone().unwrap_or_default(),
             volume: pv.to_owned(),
             pod: pod.name_any(),
             pod_uid: pod.uid().unwrap_or_default(),
-        },
+        }),
         repository: RepositoryAccess {
             name: pinned.name,
             id: pinned.id,
@@ -287,7 +312,7 @@ async fn order(
 /// A claim that is filled is mounted where its application's pods could run, by a pod of the application's namespace.
 fn hold<'a>(run: &'a Run, pod: &'a str, claim: &'a str) -> Hold<'a> {
     let owner = Owner { kind: "Restore", name: &run.name, uid: &run.uid };
-    Hold { owner, pod, claim, mounted: claim, read_only: false, beside_agent: false }
+    Hold { owner, pod, claim, mounted: claim, read_only: false, beside_agent: false, node: None }
 }
 
 /// Takes over what a task says.

@@ -39,7 +39,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub(crate) async fn control(context: Arc<Context>) {
     let restores: Api<Restore> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    Controller::new(restores, watcher::Config::default())
+    let controller = Controller::new(restores, watcher::Config::default());
+    context.dispatch.restores.get_or_init(|| controller.store());
+    controller
         .watches(tasks, watcher::Config::default(), |task| {
             let (namespace, name) = task::owner(&task, "Restore")?;
             Some(ObjectRef::new(&name).within(&namespace))
@@ -75,6 +77,17 @@ impl Run {
         conditions::set(&mut self.status.conditions, type_, state, reason, message, generation, Timestamp::now());
     }
 
+    /// Shows what the restore waits for, or that it does not wait any more.
+    pub(crate) fn note_waiting(&mut self, waits: Option<(Reason, String)>) {
+        match waits {
+            Some((reason, message)) => self.set(ConditionType::Waiting, State::True, reason, message),
+            None if conditions::is_true(&self.status.conditions, ConditionType::Waiting) => {
+                self.set(ConditionType::Waiting, State::False, Reason::Done, "it has its turn");
+            }
+            None => {}
+        }
+    }
+
     pub(crate) async fn save(&mut self, context: &Context) -> Result<()> {
         self.restore = context.write_status(&self.restore, &self.status).await?;
         Ok(())
@@ -85,6 +98,7 @@ impl Run {
         warn!(reason = reason.as_str(), message, "failed");
         self.status.phase = Phase::Failed;
         self.status.completion_time = Some(Time(Timestamp::now()));
+        self.note_waiting(None);
         self.set(ConditionType::Succeeded, State::False, reason, message.clone());
         self.save(context).await?;
         context.metrics.restores_failed.inc();
@@ -167,6 +181,7 @@ async fn work(seen: &Restore, context: &Context) -> Result<Action> {
             }
             Step::Apply => apply::apply(&mut run, context).await?,
             Step::Clean => {
+                context.dispatch.forget(context, &run.uid);
                 task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
                 if !claims::remove_pods(&run, context).await? {
                     return Ok(Action::requeue(LOOK_AGAIN));
