@@ -20,6 +20,7 @@ use tracing::warn;
 
 use crate::dispatch::Dispatch;
 use crate::metrics::Metrics;
+use crate::repository::Looked;
 
 /// Shared by all control loops.
 pub(crate) struct Context {
@@ -31,6 +32,7 @@ pub(crate) struct Context {
     pub(crate) image_pull_policy: String,
     pub(crate) image_pull_secrets: Vec<String>,
     pub(crate) dispatch: Dispatch,
+    pub(crate) looked: Looked,
     pub(crate) access: RepositoryAccess,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,

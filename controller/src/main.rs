@@ -110,6 +110,7 @@ async fn main() -> Result<()> {
         image_pull_policy: options.image_pull_policy,
         image_pull_secrets: options.image_pull_secrets,
         dispatch: dispatch::Dispatch::new(options.volumes_per_node, options.max_at_rest, options.pod_tolerations),
+        looked: repository::Looked::default(),
         cluster: tokio::sync::OnceCell::new(),
         client: client.clone(),
         config,

@@ -256,11 +256,11 @@ pub struct MaintenanceStatus {
     /// The due time of the newest run that was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_schedule_time: Option<Time>,
-    /// When the next run starts, jitter included.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// When the next run starts, jitter included. Written as null when there is none, so that a patch removes it.
+    #[serde(default)]
     pub next_run_time: Option<Time>,
-    /// The `VolumeTask` of the run that is under way.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The `VolumeTask` of the run that is under way. Written as null when there is none, so that a patch removes it.
+    #[serde(default)]
     pub task: Option<String>,
     /// When the newest run ended, well or badly.
     #[serde(default, skip_serializing_if = "Option::is_none")]

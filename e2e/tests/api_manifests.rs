@@ -60,6 +60,8 @@ fn refused_repositories() -> Refused {
         ),
         ("ClusterRepository", repository(S3, ", mode: WriteOnly"), "mode"),
         ("ClusterRepository", format!("{{backend: {{{S3}}}}}"), "encryption"),
+        ("ClusterRepository", repository(S3, ", limits: {volumes: 0}"), "limits.volumes"),
+        ("ClusterRepository", repository(S3, ", maintenance: {cron: nightly}"), "cron must have five fields"),
     ]
 }
 
@@ -92,6 +94,16 @@ fn refused_policies() -> Refused {
         ),
         ("BackupPolicy", policy(", volumes: [{match: {}, method: Copy}]"), "method"),
         ("BackupPolicy", policy(", retention: {keepLast: 3}"), "retention"),
+        (
+            "BackupPolicy",
+            "{tiers: [{repository: {ref: {name: main}, keep: {}}}]}".to_owned(),
+            "write at least one of last, hourly, daily",
+        ),
+        (
+            "BackupPolicy",
+            "{tiers: [{repository: {ref: {name: main}, keep: {last: 0}}}]}".to_owned(),
+            "repository.keep.last",
+        ),
         (
             "BackupPolicy",
             "{tiers: [{snapshot: {keep: {last: 1}}}]}".to_owned(),

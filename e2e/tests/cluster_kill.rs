@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 /// The application may be frozen for this long, whatever dies.
 const MAX_FREEZE: Duration = Duration::from_secs(15);
 
-/// The steps that follow a failure, and those of a restore: a backup that goes well has none of them.
-const NOT_IN_A_GOOD_BACKUP: [&str; 4] = ["Fail", "NoteFreezeFailure", "Renew", "Write"];
+/// The steps that follow a failure or a deletion, and those of a restore: a backup that goes well has none of them.
+const NOT_IN_A_GOOD_BACKUP: [&str; 5] = ["Erase", "Fail", "NoteFreezeFailure", "Renew", "Write"];
 
 /// Whose log says which step begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

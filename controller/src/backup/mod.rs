@@ -8,6 +8,7 @@ mod cluster;
 mod commit;
 mod cut;
 mod decide;
+mod erase;
 mod expose;
 mod method;
 mod quiesce;
@@ -37,7 +38,7 @@ use kube::runtime::controller::{Action, Controller};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
-use lifeboat_crds::backup::{Phase, VolumeBackupStatus};
+use lifeboat_crds::backup::{DeletionPolicy, Phase, VolumeBackupStatus};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
@@ -148,7 +149,8 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
         let (vanished, lost) = vanished(&run, context).await?;
         let facts = Facts {
             is_deleted: run.backup.metadata.deletion_timestamp.is_some(),
-            has_finalizer: run.backup.finalizers().iter().any(|one| one == labels::FINALIZER),
+            has_finalizer: has_finalizer(&run.backup, labels::FINALIZER),
+            has_data_finalizer: has_finalizer(&run.backup, labels::DATA_FINALIZER),
             status: &run.status,
             tasks: &tasks,
             uid: &run.uid,
@@ -174,7 +176,12 @@ enum Next {
 
 async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
     match step {
-        Step::Hold => run.backup = set_finalizer(&run.backup, context, true).await?,
+        Step::Hold => {
+            if run.backup.spec.deletion_policy == DeletionPolicy::Delete {
+                run.backup = set_finalizer(&run.backup, context, labels::DATA_FINALIZER, true).await?;
+            }
+            run.backup = set_finalizer(&run.backup, context, labels::FINALIZER, true).await?;
+        }
         Step::Resolve => {
             if let Some(pause) = resolve::resolve(run, context).await? {
                 return Ok(Next::Wait(pause));
@@ -227,19 +234,28 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             if !sweep::sweep(run, context).await? {
                 return Ok(Next::Wait(MOUNT_PAUSE));
             }
-            run.backup = set_finalizer(&run.backup, context, false).await?;
-            return Ok(Next::Over);
+            run.backup = set_finalizer(&run.backup, context, labels::FINALIZER, false).await?;
+            let is_last = run.backup.metadata.deletion_timestamp.is_none() || run.backup.finalizers().is_empty();
+            return Ok(if is_last { Next::Over } else { Next::Look });
+        }
+        Step::Erase => {
+            let pause = erase::erase(run, context).await?;
+            return Ok(pause.map_or(Next::Over, Next::Wait));
         }
         Step::Nothing => return Ok(Next::Over),
     }
     Ok(Next::Look)
 }
 
-/// Adds or removes Lifeboat's finalizer.
-async fn set_finalizer(backup: &Backup, context: &Context, present: bool) -> Result<Backup> {
-    let mut finalizers: Vec<_> = backup.finalizers().iter().filter(|one| *one != labels::FINALIZER).cloned().collect();
+fn has_finalizer(backup: &Backup, finalizer: &str) -> bool {
+    backup.finalizers().iter().any(|one| one == finalizer)
+}
+
+/// Adds or removes a finalizer of Lifeboat's.
+async fn set_finalizer(backup: &Backup, context: &Context, finalizer: &str, present: bool) -> Result<Backup> {
+    let mut finalizers: Vec<_> = backup.finalizers().iter().filter(|one| *one != finalizer).cloned().collect();
     if present {
-        finalizers.push(labels::FINALIZER.to_owned());
+        finalizers.push(finalizer.to_owned());
     }
     let api = context.namespaced::<Backup>(&backup.namespace().unwrap_or_default());
     // The resource version makes the write fail instead of removing what another added meanwhile.

@@ -114,6 +114,13 @@ impl Dispatch {
         Ok(verdict)
     }
 
+    /// A node for work that needs no volume: another one for each key.
+    pub(crate) async fn any_node(&self, context: &Context, key: &str) -> Result<Option<String>> {
+        let nodes = self.nodes(context).await?;
+        let names = nodes.iter().map(ResourceExt::name_any);
+        Ok(names.min_by_key(|node| *blake3::hash(format!("{key}\0{node}").as_bytes()).as_bytes()))
+    }
+
     /// The work of a run that has ended waits no more.
     pub(crate) fn forget(&self, context: &Context, owner_uid: &str) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -213,11 +220,10 @@ impl Queue {
         if let Verdict::Start(node) = &verdict
             && let Some(asked) = self.waiting.remove(&key)
         {
-            let nodes = match asked.work.need {
-                Need::Rest(live) => live,
-                Need::Volume(_) => node.iter().cloned().collect(),
+            let (nodes, rests) = match asked.work.need {
+                Need::Rest(live) => (live, true),
+                Need::Volume(_) => (node.iter().cloned().collect(), false),
             };
-            let rests = key.ends_with("/rest");
             let Work { kind, repository, namespace, .. } = asked.work;
             self.begun.push((Running { key, kind, repository, namespace, nodes, rests }, now));
         }

@@ -1,6 +1,7 @@
 //! `BackupPolicy`: checks what it says, starts backups when they are due, shows when the last one went well.
 
-mod schedule;
+mod retention;
+pub(crate) mod schedule;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -241,10 +242,43 @@ async fn reconcile(policy: Arc<BackupPolicy>, context: Arc<Context>) -> Result<A
         status.last_success_time = Some(time);
         status.last_successful_backup = Some(name);
     }
+    keep_to_rules(&policy, &observed.backups, &mut status, &context).await?;
     write_if_changed(&policy, &status, &context).await?;
     let wait =
         decision.next.and_then(|next| Duration::try_from(next.duration_since(now)).ok()).unwrap_or(LONGEST_PAUSE);
     Ok(Action::requeue(wait.clamp(Duration::from_millis(200), LONGEST_PAUSE)))
+}
+
+/// Removes recovery points that the policy's rules do not hold, when there may be some.
+async fn keep_to_rules(
+    policy: &BackupPolicy,
+    backups: &[Backup],
+    status: &mut BackupPolicyStatus,
+    context: &Context,
+) -> anyhow::Result<()> {
+    if !retention::is_due(policy, backups) {
+        return Ok(());
+    }
+    let now = Timestamp::now();
+    let (state, reason, message) = match retention::retain(policy, backups, context).await? {
+        Ok(mut done) => {
+            let message = format!("{} recovery points stay", done.kept);
+            if done.removed > 0 {
+                let note = format!("{} recovery points are removed, {} stay", done.removed, done.kept);
+                context.events.normal(policy, Reason::Expired, note).await;
+            }
+            // It runs again when a backup ended within the same second: what it did for that one stays shown.
+            let before = status.retention.take().filter(|before| before.after_backup == done.after_backup);
+            done.removed +=
+                before.filter(|before| before.generation == done.generation).map_or(0, |before| before.removed);
+            status.retention = Some(done);
+            (State::True, Reason::Done, message)
+        }
+        Err((reason, message)) => (State::False, reason, format!("nothing expires: {message}")),
+    };
+    let generation = policy.metadata.generation;
+    conditions::set(&mut status.conditions, ConditionType::MaintenanceHealthy, state, reason, message, generation, now);
+    Ok(())
 }
 
 async fn write_if_changed(policy: &BackupPolicy, status: &BackupPolicyStatus, context: &Context) -> anyhow::Result<()> {

@@ -1,8 +1,12 @@
-//! `ClusterRepository`: looks at the store, makes the repository when the location is empty, says how it is.
+//! `ClusterRepository`: looks at the store, makes the repository when the location is empty, says how it is, has it maintained.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod maintenance;
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
 use futures::StreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::runtime::controller::{Action, Controller};
@@ -22,12 +26,41 @@ const READY_INTERVAL: Duration = Duration::from_mins(5);
 /// One that is not, after this.
 const UNREADY_INTERVAL: Duration = Duration::from_secs(20);
 
+/// Nothing is looked at more often.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
     let api: Api<ClusterRepository> = Api::all(context.client.clone());
     let controller = Controller::new(api, watcher::Config::default());
     context.dispatch.repositories.get_or_init(|| controller.store());
     controller.run(reconcile, on_error, context).for_each(|_| async {}).await;
+}
+
+/// When stores were looked at last: opening a repository is dear, and much else starts a reconciliation.
+#[derive(Debug, Default)]
+pub(crate) struct Looked(Mutex<HashMap<String, (Option<i64>, Instant)>>);
+
+impl Looked {
+    fn key(repository: &ClusterRepository) -> String {
+        repository.uid().unwrap_or_default()
+    }
+
+    /// How long the last look holds; `None`: it is time for another.
+    fn holds(&self, repository: &ClusterRepository) -> Option<Duration> {
+        let conditions = repository.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+        let interval =
+            if conditions::is_true(conditions, ConditionType::Ready) { READY_INTERVAL } else { UNREADY_INTERVAL };
+        let looked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (generation, at) = looked.get(&Self::key(repository))?;
+        (*generation == repository.metadata.generation).then(|| interval.checked_sub(at.elapsed())).flatten()
+    }
+
+    fn note(&self, repository: &ClusterRepository) {
+        let mut looked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looked.retain(|_, (_, at)| at.elapsed() < READY_INTERVAL);
+        looked.insert(Self::key(repository), (repository.metadata.generation, Instant::now()));
+    }
 }
 
 /// What was found.
@@ -101,8 +134,36 @@ fn is_about_the_way(reason: Reason) -> bool {
     matches!(reason, Reason::Unreachable | Reason::AccessDenied | Reason::BucketNotFound)
 }
 
-async fn reconcile(repository: Arc<ClusterRepository>, context: Arc<Context>) -> Result<Action, ReconcileError> {
-    let found = observe(&repository, &context).await;
+async fn reconcile(seen: Arc<ClusterRepository>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    let api: Api<ClusterRepository> = Api::all(context.client.clone());
+    // What the watch shows may be older than what this controller wrote last.
+    let found = api.get_opt(&seen.name_any()).await.context("cannot read the ClusterRepository")?;
+    let Some(repository) = found.filter(|found| found.metadata.deletion_timestamp.is_none()) else {
+        return Ok(Action::await_change());
+    };
+    let (mut status, mut pause) = match context.looked.holds(&repository) {
+        Some(left) => (repository.status.clone().unwrap_or_default(), left),
+        None => look(&repository, &context).await,
+    };
+    if let Some(sooner) = maintenance::maintain(&repository, &mut status, &context).await? {
+        pause = pause.min(sooner);
+    }
+    // A status that says nothing new is not written: the write itself would start the next round.
+    let same = repository.status.as_ref().is_some_and(|before| {
+        let mut before = before.clone();
+        before.last_contact.clone_from(&status.last_contact);
+        before == status
+    });
+    if !same {
+        write_status(&api, &repository, &status).await?;
+    }
+    Ok(Action::requeue(pause.max(SHORTEST_PAUSE)))
+}
+
+/// Asks the store, tells what changed, and returns the status and when to look again.
+async fn look(repository: &ClusterRepository, context: &Context) -> (ClusterRepositoryStatus, Duration) {
+    let found = observe(repository, context).await;
+    context.looked.note(repository);
     let before = repository.status.as_ref();
     let was_ready = before.is_some_and(|status| conditions::is_true(&status.conditions, ConditionType::Ready));
     let old_reason =
@@ -110,25 +171,16 @@ async fn reconcile(repository: Arc<ClusterRepository>, context: Arc<Context>) ->
     match &found {
         Ok(found) if !was_ready => {
             info!(repository = repository.name_any(), id = found.id, "ready");
-            context.events.normal(&*repository, Reason::Available, "the repository is ready").await;
+            context.events.normal(repository, Reason::Available, "the repository is ready").await;
         }
         Err(error) if old_reason.as_deref() != Some(error.reason.as_str()) => {
-            context.events.warning(&*repository, error.reason, error.message.clone()).await;
+            context.events.warning(repository, error.reason, error.message.clone()).await;
         }
         _ => {}
     }
     let pause = if found.is_ok() { READY_INTERVAL } else { UNREADY_INTERVAL };
     let status = report(before, repository.metadata.generation, found, jiff::Timestamp::now());
-    let same = before.is_some_and(|before| {
-        let mut before = before.clone();
-        before.last_contact.clone_from(&status.last_contact);
-        before == status
-    });
-    // A status that says nothing new is not written: the write itself would start the next round.
-    if !same {
-        write_status(&Api::all(context.client.clone()), &*repository, &status).await?;
-    }
-    Ok(Action::requeue(pause))
+    (status, pause)
 }
 
 #[cfg(test)]
