@@ -145,7 +145,7 @@ async fn a_writer_that_began_after_the_seal_takes_nothing_that_is_condemned() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_session_is_aborted_and_cannot_publish_any_more() {
+async fn a_silent_session_is_aborted_and_what_it_publishes_later_misleads_nobody() {
     let (store, repository) = made().await;
     let kept = back_up(&repository, "a", &files(&[1])).await;
     let gone = back_up(&repository, "b", &files(&[2])).await;
@@ -163,10 +163,13 @@ async fn a_silent_session_is_aborted_and_cannot_publish_any_more() {
     // Its pack was never published: nobody can know it.
     expire(&repository, impatient()).await;
     assert!(!packs_in(&store).sessions().any(|session| session == sleeper.id()));
-    // It wakes up: it may upload, but neither publish nor commit.
+    // It wakes up: it may upload, and publish packs that are gone, but not commit.
     put(&sleeper, &noise(200, 1000)).await;
     let error = Arc::clone(&sleeper).commit(vec![bare()]).await.unwrap_err();
-    assert!(matches!(error, SessionError::Closed { .. }), "{error}");
+    assert!(matches!(error, SessionError::AbortedByAnother { .. }), "{error}");
+    let misled = begin(&open(store.clone()).await).await;
+    assert!(put(&misled, &noise(100, 1 << 20)).await.1, "the chunk of a pack that is gone is stored anew");
+    misled.abort("only asked").await.unwrap();
     expire(&repository, impatient()).await;
     assert_restores(&repository, &Expected::from([(kept.id, files(&[1]))])).await;
     assert_exact(&store, &repository).await;
