@@ -7,6 +7,7 @@
 mod assemble;
 mod compare;
 mod entries;
+pub mod image;
 mod inherit;
 mod open;
 #[cfg(test)]
@@ -102,6 +103,14 @@ pub enum BackupError {
     /// A member of a recovery point does not exist.
     #[error("cannot find the members of the recovery point")]
     Members(#[source] FindError),
+    /// A device or image cannot be read.
+    #[error("cannot read the image at byte {offset}")]
+    ReadImage {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
     /// Someone asked to stop.
     #[error("the backup was cancelled")]
     Cancelled,
@@ -111,7 +120,9 @@ impl Classified for BackupError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::OpenRoot { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorClass::NotFound,
-            Self::OpenRoot { .. } | Self::Worker(_) | Self::Source(_) | Self::Cancelled => ErrorClass::Local,
+            Self::OpenRoot { .. } | Self::ReadImage { .. } | Self::Worker(_) | Self::Source(_) | Self::Cancelled => {
+                ErrorClass::Local
+            }
             Self::ReadParent(error) => error.class(),
             Self::Reader(error) => error.class(),
             Self::Session(error) => error.class(),

@@ -22,9 +22,9 @@ pub(super) const MAPPED_BYTES: u64 = 1 << 20;
 pub(super) const WINDOW_BYTES: u64 = 512 << 10;
 /// Pieces that a window may fall into: beyond them it is stored anew, so that it restores as one piece again and what
 /// its old chunks still hold for it becomes free.
-const MAX_FRAGMENTS: usize = 32;
+pub(super) const MAX_FRAGMENTS: usize = 32;
 /// Pages that a chunk of the map is for: 16 MiB of the file. Fixed ranges, so that they stay equal where nothing changed.
-const MAP_PAGES: u64 = 2048;
+pub(super) const MAP_PAGES: u64 = 2048;
 /// Lists of pieces, and chunks of the map, that are read ahead.
 const AHEAD: usize = 2;
 /// A later form of the hash gets another text.
@@ -38,7 +38,7 @@ const KEY_CONTEXT: &str = "lifeboat 2026 page hash v1";
 pub(super) type PageHash = [u8; PAGE_HASH_BYTES];
 
 /// Stands for pages that no backup hashed; never equal to anything.
-const UNKNOWN: PageHash = [0; PAGE_HASH_BYTES];
+pub(super) const UNKNOWN: PageHash = [0; PAGE_HASH_BYTES];
 
 /// An offset or length within bytes that are in memory.
 fn within(number: u64) -> usize {
@@ -278,7 +278,8 @@ impl Before {
     }
 }
 
-fn part_of(piece: &Piece, from: u64, len: u64) -> Option<Piece> {
+/// A part of a piece.
+pub(super) fn part_of(piece: &Piece, from: u64, len: u64) -> Option<Piece> {
     Some(match *piece {
         Piece::Hole { .. } => Piece::Hole { len },
         Piece::Data { chunk, offset, .. } => {

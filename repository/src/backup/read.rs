@@ -563,7 +563,7 @@ async fn store_all(
 }
 
 /// Stores a part of a page map: as metadata, because a writer that cannot read data needs it.
-async fn store_map(context: &Context, part: MapPart) -> Result<Piece, BackupError> {
+pub(super) async fn store_map(context: &Context, part: MapPart) -> Result<Piece, BackupError> {
     Ok(match part {
         MapPart::Unknown(len) => Piece::Hole { len },
         MapPart::Hashes(plain) => {
@@ -574,17 +574,17 @@ async fn store_map(context: &Context, part: MapPart) -> Result<Piece, BackupErro
 }
 
 /// Joins pieces that go on where the one before ends.
-struct Pieces {
+pub(super) struct Pieces {
     writer: PieceListWriter,
     last: Option<Piece>,
 }
 
 impl Pieces {
-    fn new(context: &Context) -> Self {
+    pub(super) fn new(context: &Context) -> Self {
         Self { writer: PieceListWriter::new(Arc::clone(&context.sink)), last: None }
     }
 
-    async fn push(&mut self, piece: Piece) -> Result<(), SessionError> {
+    pub(super) async fn push(&mut self, piece: Piece) -> Result<(), SessionError> {
         let joined = self.last.as_ref().and_then(|last| join(last, &piece));
         let is_joined = joined.is_some();
         match self.last.replace(joined.unwrap_or(piece)) {
@@ -593,7 +593,7 @@ impl Pieces {
         }
     }
 
-    async fn finish(mut self) -> Result<Contents, SessionError> {
+    pub(super) async fn finish(mut self) -> Result<Contents, SessionError> {
         if let Some(last) = self.last {
             self.writer.push(last).await?;
         }

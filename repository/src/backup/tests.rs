@@ -76,7 +76,7 @@ impl Bench {
     }
 }
 
-pub(super) fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(in crate::backup) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes

@@ -7,6 +7,7 @@
 
 mod attributes;
 mod create;
+mod image;
 mod plan;
 mod select;
 mod target;
@@ -27,6 +28,7 @@ use crate::read::ReadError;
 use crate::session::SessionError;
 use crate::snapshot::Counts;
 
+pub use image::{ImageRestored, image};
 pub(crate) use select::Selection;
 pub use verb::tree;
 
@@ -140,6 +142,25 @@ pub enum RestoreError {
     /// The snapshot has no files.
     #[error("the snapshot is a recovery point, not a tree")]
     NotATree,
+    /// The snapshot has no image of a device.
+    #[error("the snapshot is not the image of a block device")]
+    NotAnImage,
+    /// The device is smaller than the image.
+    #[error("the target has {room} bytes, the image {size}")]
+    TooSmall {
+        /// The image's size.
+        size: u64,
+        /// The target's size.
+        room: u64,
+    },
+    /// A device or image cannot be written.
+    #[error("cannot write the image at byte {offset}")]
+    WriteImage {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
     /// The manifest cannot be read.
     #[error("cannot read the snapshot")]
     Manifest(#[from] ManifestError),
@@ -181,7 +202,10 @@ impl Classified for RestoreError {
             Self::OpenTarget { .. } | Self::Flush(_) | Self::Worker(_) | Self::Cancelled | Self::Full { .. } => {
                 ErrorClass::Local
             }
-            Self::NotATree | Self::NothingSelected { .. } => ErrorClass::Invalid,
+            Self::WriteImage { .. } => ErrorClass::Local,
+            Self::NotATree | Self::NotAnImage | Self::TooSmall { .. } | Self::NothingSelected { .. } => {
+                ErrorClass::Invalid
+            }
             Self::Manifest(error) => error.class(),
             Self::Read(error) => error.class(),
             Self::Pin(error) => error.class(),
