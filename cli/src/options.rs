@@ -114,6 +114,9 @@ pub(crate) struct Backup {
     /// Read every file, also those that did not change since the last snapshot
     #[arg(long)]
     pub(crate) force: bool,
+    /// PATH is a block device or a disk image: its bytes are backed up as the file `volume.img`, holes and zeros for nothing
+    #[arg(long, conflicts_with_all = ["exclude", "one_file_system"])]
+    pub(crate) image: bool,
 }
 
 #[derive(Args, Debug)]
@@ -138,6 +141,7 @@ pub(crate) struct Ls {
 }
 
 #[derive(Args, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct Restore {
     /// A snapshot's id, its first characters, or `latest`
     pub(crate) snapshot: String,
@@ -158,6 +162,9 @@ pub(crate) struct Restore {
     /// Only list what would be restored
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// The snapshot is an image: write it over TARGET, a block device or a file; whatever was there is lost
+    #[arg(long, conflicts_with_all = ["include", "dry_run", "no_owner"], requires = "overwrite")]
+    pub(crate) image: bool,
 }
 
 #[derive(Args, Debug)]

@@ -384,3 +384,27 @@ fn the_shell_block_of_the_readme_works() {
     assert!(output.status.success(), "{block}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(Path::new(&machine.path("restored")).join("hosts").exists());
 }
+
+#[test]
+fn a_disk_image_goes_there_and_back_and_its_holes_cost_nothing() {
+    let machine = Machine::by_key_file();
+    machine.prints(&["init"]);
+    let disk = machine.path("disk.img");
+    let mut bytes = vec![0; 6 << 20];
+    bytes[3 << 20..][..300_000].fill(7);
+    std::fs::write(&disk, &bytes[..]).unwrap();
+    let first = machine.json(&["--json", "backup", "--image", &disk]);
+    assert_eq!(first["counts"]["bytes"], 6 << 20);
+    let again = machine.json(&["--json", "backup", "--image", &disk]);
+    assert_eq!(again["stats"]["new_bytes"].as_u64().unwrap() / 4096, 0, "{again}");
+    // An older, longer file: what is not of the image goes.
+    let target = machine.path("target.img");
+    std::fs::write(&target, vec![9; 8 << 20]).unwrap();
+    let said = machine.fails(2, &["restore", "latest", &target, "--image"]);
+    assert!(said.contains("--overwrite"), "{said}");
+    machine.prints(&["restore", "latest", &target, "--image", "--overwrite"]);
+    assert!(std::fs::read(&target).unwrap() == bytes);
+    let folder = machine.path("folder");
+    machine.prints(&["restore", "latest", &folder]);
+    assert!(std::fs::read(format!("{folder}/volume.img")).unwrap() == bytes);
+}

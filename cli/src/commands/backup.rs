@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use lifeboat_repository::{
-    backup::{self, TreeBackup},
+    backup::{
+        self, TreeBackup,
+        image::{self, Audit, Known},
+    },
     progress::Progress,
     repository::Repository,
     snapshot::{Content, Snapshot},
@@ -17,7 +20,7 @@ use crate::{
     output, progress, repository,
 };
 
-/// Backs up a folder. Files that could not be read are listed and make the exit code 3.
+/// Backs up a folder or an image. Files that could not be read are listed and make the exit code 3.
 pub(crate) async fn run(global: &Global, options: Backup) -> Result<u8> {
     let root = options.path.canonicalize().with_context(|| format!("cannot find {}", options.path.display()))?;
     let repository = repository::open(global).await?;
@@ -34,10 +37,18 @@ pub(crate) async fn run(global: &Global, options: Backup) -> Result<u8> {
         one_file_system: options.one_file_system,
         host: host(),
     };
-    let report = backup::tree(&repository, &root, plan, shown).await?;
+    let (snapshot, skipped) = if options.image {
+        let device = image::open(&root).with_context(|| format!("cannot open {}", root.display()))?;
+        let known = if options.force { Known::Nothing } else { image::known_of(&device)? };
+        let report = image::image(&repository, device, known, Audit::Off, plan, shown).await?;
+        (report.snapshot, Vec::new())
+    } else {
+        let report = backup::tree(&repository, &root, plan, shown).await?;
+        (report.snapshot, report.skipped)
+    };
     drop(display);
-    let snapshot = &report.snapshot;
-    let skipped: Vec<_> = report.skipped.iter().map(|s| (output::path(&s.path), s.reason.to_string())).collect();
+    let snapshot = &snapshot;
+    let skipped: Vec<_> = skipped.iter().map(|s| (output::path(&s.path), s.reason.to_string())).collect();
     if global.json {
         let mut value = snapshots::as_json(snapshot);
         value["skipped"] = skipped.iter().map(|(path, reason)| json!({"path": path, "reason": reason})).collect();

@@ -1,5 +1,7 @@
 //! `lifeboat restore`
 
+use std::fs::OpenOptions;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -34,6 +36,9 @@ pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
     if options.dry_run {
         return preview(global, &repository, &snapshot, &options.include).await;
     }
+    if options.image {
+        return onto(global, &repository, &snapshot, &options.target).await;
+    }
     std::fs::create_dir_all(&options.target)
         .with_context(|| format!("cannot make the folder {}", options.target.display()))?;
     let shown = Arc::new(Progress::default());
@@ -67,6 +72,25 @@ pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
         }
     }
     Ok(if failed.is_empty() { DONE } else { INCOMPLETE })
+}
+
+/// Restores an image onto a block device or a file.
+async fn onto(global: &Global, repository: &Repository, snapshot: &Snapshot, target: &Path) -> Result<u8> {
+    let mut open = OpenOptions::new();
+    let device = open.read(true).write(true).create(true).truncate(false).open(target);
+    let device = device.with_context(|| format!("cannot open {}", target.display()))?;
+    let shown = Arc::new(Progress::default());
+    progress::cancel_on_signal(&shown);
+    let display = progress::Display::new(global, &shown);
+    let done = restore::image(repository, snapshot, device.into(), shown).await?;
+    drop(display);
+    if global.json {
+        println!("{}", json!({"snapshot": snapshot.id.to_string(), "size": done.size, "written": done.written}));
+    } else if !global.quiet {
+        let (size, written) = (output::bytes(done.size), output::bytes(done.written));
+        println!("restored an image of {size}, of which {written} are no holes, onto {}", target.display());
+    }
+    Ok(DONE)
 }
 
 /// Lists what would be restored.
