@@ -1,6 +1,9 @@
 //! `lifeboat-agent`: moves data between the volumes of one node and repositories; guards workloads that are frozen.
 
+mod device;
 mod guardian;
+mod image;
+mod lists;
 mod maintain;
 mod metrics;
 mod outcome;
@@ -40,6 +43,8 @@ enum Command {
     Steps,
     /// Does nothing until it is told to end: keeps a volume mounted that is being restored.
     Hold,
+    /// Lends the block device of its pod to the agent of its node.
+    Lend(device::LendOptions),
 }
 
 #[derive(Debug, Args)]
@@ -53,6 +58,9 @@ struct RunOptions {
     /// The UID of this agent's pod.
     #[arg(long, env = "POD_UID")]
     pod_uid: String,
+    /// The account that this agent runs as. It asks for tokens of it.
+    #[arg(long, env = "SERVICE_ACCOUNT", default_value = "lifeboat-agent")]
+    service_account: String,
     /// kubelet's directory.
     #[arg(long, default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
@@ -83,6 +91,7 @@ fn main() -> Result<()> {
             Command::Guard(options) => guardian::run(options).await,
             Command::Steps => print_steps(),
             Command::Hold => until_told_to_end().await,
+            Command::Lend(options) => device::run(options).await,
         }
     })
 }
@@ -113,9 +122,15 @@ async fn run(options: RunOptions) -> Result<()> {
     let metrics = metrics::Metrics::register(registry.sub_registry_with_prefix("lifeboat_agent"));
     let readiness = Readiness::default();
     let access = RepositoryAccess::new(client.clone(), options.namespace.clone(), options.cache_dir);
+    let lister = lists::Lister {
+        accounts: kube::Api::namespaced(client.clone(), &options.namespace),
+        account: options.service_account,
+        namespace: options.namespace.clone(),
+    };
     let worker = Arc::new(task::Worker {
         tasks: kube::Api::namespaced(client, &options.namespace),
         access,
+        lister,
         agent: options.pod_uid,
         node: options.node.clone(),
         kubelet_dir: options.kubelet_dir,

@@ -51,9 +51,11 @@ impl From<VolumeError> for Failure {
         let reason = match &error {
             VolumeError::PodGone { .. } | VolumeError::NotMounted { .. } => Reason::PodVanished,
             VolumeError::Block { .. } => Reason::VolumeUnsupported,
-            VolumeError::Look { .. } => Reason::ReadFailed,
+            VolumeError::Look { .. } | VolumeError::Borrow { .. } => Reason::ReadFailed,
         };
-        Self::new(reason, chain(&error))
+        // The pod may have begun to run a moment ago.
+        let may_pass = matches!(error, VolumeError::Borrow { .. });
+        Self { may_pass, ..Self::new(reason, chain(&error)) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Does one task: opens the repository, reads or writes the volume, reports.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use lifeboat_repository::restore::{self, Existing, RestoreOptions};
 use lifeboat_repository::session::SessionOptions;
 use tracing::{Instrument, debug, info, info_span, warn};
 
+use crate::image;
+use crate::lists::Lister;
 use crate::maintain;
 use crate::metrics::Metrics;
 use crate::outcome::{Failure, sample};
@@ -44,6 +47,8 @@ fn enter(step: &'static str) {
 pub(crate) struct Worker {
     pub(crate) tasks: Api<VolumeTask>,
     pub(crate) access: RepositoryAccess,
+    /// Knows which blocks of a device need not be read.
+    pub(crate) lister: Lister,
     /// The UID of this agent's pod.
     pub(crate) agent: String,
     pub(crate) node: String,
@@ -139,12 +144,22 @@ impl Worker {
         let Some((volume, mounted)) = found else {
             return maintain::maintain(&repository, &spec.operation, left, reporter, progress).await;
         };
+        let device = if mounted.is_block {
+            let (mounted, pod) = (mounted.clone(), volume.pod.clone());
+            let borrowed = tokio::task::spawn_blocking(move || mounted.borrow(&pod)).await;
+            let ended = |error| Failure::new(Reason::InternalError, format!("a worker ended: {error}"));
+            Some(borrowed.map_err(ended)??)
+        } else {
+            None
+        };
         let work = async {
             match &spec.operation {
                 Operation::Backup(operation) => {
-                    self.back_up(&repository, &mounted, operation, reporter, progress).await
+                    self.back_up(&repository, (&mounted, device), operation, reporter, progress).await
                 }
-                Operation::Restore(operation) => restore(&repository, &mounted, operation, reporter, progress).await,
+                Operation::Restore(operation) => {
+                    restore(&repository, (&mounted, device), operation, reporter, progress).await
+                }
                 Operation::Maintain(_) => Err(Failure::new(Reason::InternalError, "maintenance works on no volume")),
             }
         };
@@ -164,7 +179,7 @@ impl Worker {
     async fn back_up(
         &self,
         repository: &Repository,
-        mounted: &Mounted,
+        (mounted, device): (&Mounted, Option<OwnedFd>),
         operation: &BackupOperation,
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
@@ -189,11 +204,19 @@ impl Worker {
         };
         enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
-        let report = backup::tree_in(session, repository, &mounted.path, plan, Arc::clone(progress)).await;
+        let read = async {
+            if let Some(device) = device {
+                let shown = Arc::clone(progress);
+                let read = image::back_up(&self.lister, repository, session, device, operation, plan, shown).await;
+                return read.map(|(report, block)| (report.snapshot, Vec::new(), Some(block)));
+            }
+            let report = backup::tree_in(session, repository, &mounted.path, plan, Arc::clone(progress)).await;
+            let report = report.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+            Ok((report.snapshot, report.skipped, None))
+        };
+        let read = Box::pin(read).await;
         reporting.abort();
-        let report =
-            report.map_err(|error| stopped(progress).unwrap_or_else(|| Failure::of(&error, Reason::ReadFailed)))?;
-        let snapshot = &report.snapshot;
+        let (snapshot, skipped, block) = read.map_err(|failure| stopped(progress).unwrap_or(failure))?;
         Ok(TaskResult {
             snapshot: snapshot.id.to_string(),
             parent: parent.map(|parent| parent.id.to_string()),
@@ -205,10 +228,9 @@ impl Worker {
                 stored_bytes: snapshot.stats.stored_bytes,
                 millis: snapshot.stats.duration_ms,
             },
+            block,
             skipped: snapshot.counts.skipped,
-            skipped_sample: sample(
-                report.skipped.iter().map(|skipped| (skipped.path.as_slice(), skipped.reason.to_string())),
-            ),
+            skipped_sample: sample(skipped.iter().map(|skipped| (skipped.path.as_slice(), skipped.reason.to_string()))),
             reclaimed: None,
         })
     }
@@ -257,7 +279,7 @@ pub(crate) fn stopped(progress: &Progress) -> Option<Failure> {
 
 async fn restore(
     repository: &Repository,
-    mounted: &Mounted,
+    (mounted, device): (&Mounted, Option<OwnedFd>),
     operation: &RestoreOperation,
     reporter: &Reporter,
     progress: &Arc<Progress>,
@@ -267,6 +289,16 @@ async fn restore(
     let snapshot =
         repository.find(&operation.snapshot).await.map_err(|error| Failure::of(&error, Reason::WriteFailed))?;
     let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
+    if let Some(device) = device {
+        let restored = restore::image(repository, &snapshot, device, Arc::clone(progress)).await;
+        reporting.abort();
+        let restored =
+            restored.map_err(|error| stopped(progress).unwrap_or_else(|| Failure::of(&error, Reason::WriteFailed)))?;
+        let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let transfer =
+            Transfer { files: 1, bytes: restored.size, read_bytes: restored.written, millis, ..Transfer::default() };
+        return Ok(TaskResult { snapshot: snapshot.id.to_string(), transfer, ..TaskResult::default() });
+    }
     // Another attempt may have written a part: the claim was made for this restore and belongs to nobody else.
     let options = RestoreOptions { existing: Existing::Overwrite, owner: true, ..RestoreOptions::default() };
     let report = restore::tree(repository, &snapshot, &mounted.path, options, Arc::clone(progress)).await;
@@ -284,6 +316,7 @@ async fn restore(
             stored_bytes: 0,
             millis: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         },
+        block: None,
         skipped: report.failed.len() as u64,
         skipped_sample: sample(report.failed.iter().map(|failed| (failed.path.as_slice(), failed.to_string()))),
         reclaimed: None,

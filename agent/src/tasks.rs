@@ -118,8 +118,11 @@ mod tests {
 
     #[test]
     fn a_restore_has_a_place_beside_backups_and_maintenance_one_of_its_own() {
-        let backup =
-            Operation::Backup(BackupOperation { lineage: String::new(), tags: std::collections::BTreeMap::new() });
+        let backup = Operation::Backup(BackupOperation {
+            lineage: String::new(),
+            tags: std::collections::BTreeMap::new(),
+            image: None,
+        });
         let restore = Operation::Restore(RestoreOperation { snapshot: String::new() });
         let maintain = Operation::Maintain(MaintainOperation::default());
         let room = Room::new(1);

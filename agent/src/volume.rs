@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use lifeboat_crds::volume_task::MountedVolume;
 use thiserror::Error;
+
+use crate::device;
 
 /// A volume that is not where it should be.
 #[derive(Debug, Error)]
@@ -17,10 +20,10 @@ pub(crate) enum VolumeError {
     PodGone { pod: String },
     #[error("the pod {pod} does not have the volume {volume} mounted")]
     NotMounted { pod: String, volume: String },
-    #[error(
-        "the volume {volume} is a raw block device, which the live method cannot read; use a CSI snapshot or method Skip"
-    )]
+    #[error("the volume {volume} is a raw block device, and the task is for a file system")]
     Block { volume: String },
+    #[error("the pod {pod} does not lend its device")]
+    Borrow { pod: String, source: io::Error },
     #[error("cannot look at {path}")]
     Look { path: String, source: io::Error },
 }
@@ -28,7 +31,11 @@ pub(crate) enum VolumeError {
 /// A mounted volume, and what tells it from another that is mounted there later.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mounted {
+    /// Of a block device the link that kubelet makes for it.
     pub(crate) path: PathBuf,
+    pub(crate) is_block: bool,
+    /// Kubelet's directory of the pod.
+    pub(crate) pod: PathBuf,
     device: u64,
     inode: u64,
 }
@@ -36,7 +43,14 @@ pub(crate) struct Mounted {
 impl Mounted {
     /// Whether the same volume is still mounted there.
     pub(crate) fn is_still_there(&self) -> bool {
-        fs::metadata(&self.path).is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode)
+        // A block device's link leads out of what the agent sees.
+        let found = if self.is_block { fs::symlink_metadata(&self.path) } else { fs::metadata(&self.path) };
+        found.is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode)
+    }
+
+    /// Borrows the block device from the pod that has it. Blocking.
+    pub(crate) fn borrow(&self, pod: &str) -> Result<OwnedFd, VolumeError> {
+        device::borrow(&self.pod).map_err(|source| VolumeError::Borrow { pod: pod.to_owned(), source })
     }
 }
 
@@ -45,7 +59,8 @@ fn is_component(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0'])
 }
 
-/// Finds the volume below kubelet's directory: `pods/<uid>/volumes/<plugin>/<volume>`, for CSI the folder `mount` in it.
+/// Finds the volume below kubelet's directory: `pods/<uid>/volumes/<plugin>/<volume>`, for CSI the folder `mount` in it; of
+/// a block device the link `pods/<uid>/volumeDevices/<plugin>/<volume>`.
 pub(crate) fn find(kubelet: &Path, wanted: &MountedVolume) -> Result<Mounted, VolumeError> {
     let gone = || VolumeError::PodGone { pod: wanted.pod.clone() };
     let unmounted = || VolumeError::NotMounted { pod: wanted.pod.clone(), volume: wanted.volume.clone() };
@@ -53,10 +68,10 @@ pub(crate) fn find(kubelet: &Path, wanted: &MountedVolume) -> Result<Mounted, Vo
         return Err(unmounted());
     }
     let pod = kubelet.join("pods").join(&wanted.pod_uid);
-    if pod.join("volumeDevices").join("kubernetes.io~csi").join(&wanted.volume).exists() {
+    if !wanted.block && fs::symlink_metadata(pod.join("volumeDevices/kubernetes.io~csi").join(&wanted.volume)).is_ok() {
         return Err(VolumeError::Block { volume: wanted.volume.clone() });
     }
-    let volumes = pod.join("volumes");
+    let volumes = pod.join(if wanted.block { "volumeDevices" } else { "volumes" });
     let look = |path: &Path, source: io::Error| VolumeError::Look { path: path.display().to_string(), source };
     let plugins = match fs::read_dir(&volumes) {
         Ok(plugins) => plugins,
@@ -69,9 +84,13 @@ pub(crate) fn find(kubelet: &Path, wanted: &MountedVolume) -> Result<Mounted, Vo
         let plugin = plugin.map_err(|error| look(&volumes, error))?.path();
         let volume = plugin.join(&wanted.volume);
         let is_csi = plugin.file_name().is_some_and(|name| name == "kubernetes.io~csi");
-        let path = if is_csi { volume.join("mount") } else { volume };
-        match fs::metadata(&path) {
-            Ok(found) if found.is_dir() => return Ok(Mounted { path, device: found.dev(), inode: found.ino() }),
+        let path = if is_csi && !wanted.block { volume.join("mount") } else { volume };
+        let found = if wanted.block { fs::symlink_metadata(&path) } else { fs::metadata(&path) };
+        match found {
+            Ok(found) if wanted.block || found.is_dir() => {
+                let (device, inode) = (found.dev(), found.ino());
+                return Ok(Mounted { path, is_block: wanted.block, pod, device, inode });
+            }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(look(&path, error)),
@@ -92,6 +111,7 @@ mod tests {
             volume: volume.into(),
             pod: "db-0".into(),
             pod_uid: "uid".into(),
+            block: false,
         }
     }
 
@@ -115,10 +135,17 @@ mod tests {
     }
 
     #[test]
-    fn block_devices_and_strange_names_are_refused() {
+    fn block_devices_are_found_by_their_links_and_strange_names_are_refused() {
         let kubelet = tempfile::tempdir().unwrap();
-        fs::create_dir_all(kubelet.path().join("pods/uid/volumeDevices/kubernetes.io~csi/pv1")).unwrap();
+        let devices = kubelet.path().join("pods/uid/volumeDevices/kubernetes.io~csi");
+        fs::create_dir_all(&devices).unwrap();
+        std::os::unix::fs::symlink("/does/not/exist", devices.join("pv1")).unwrap();
         assert!(matches!(find(kubelet.path(), &wanted("pv1")), Err(VolumeError::Block { .. })));
+        let found = find(kubelet.path(), &MountedVolume { block: true, ..wanted("pv1") }).unwrap();
+        assert!(found.is_block && found.is_still_there());
+        assert!(matches!(found.borrow("db-0"), Err(VolumeError::Borrow { .. })), "nobody lends");
+        fs::remove_file(devices.join("pv1")).unwrap();
+        assert!(!found.is_still_there());
         for name in ["..", "../../etc", "", "a/b"] {
             assert!(matches!(find(kubelet.path(), &wanted(name)), Err(VolumeError::NotMounted { .. })), "{name}");
         }

@@ -1,7 +1,7 @@
 //! A pod that does nothing but keep a claim mounted, so that an agent finds the volume on the pod's node.
 
 use anyhow::Result;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use serde_json::{Value, json};
 
 use crate::child::Owner;
@@ -16,13 +16,16 @@ pub(crate) struct Hold<'a> {
     /// The claim that is mounted: the same, or the copy of a snapshot.
     pub(crate) mounted: &'a str,
     pub(crate) read_only: bool,
+    /// Whether the claim is a raw block device, which the pod lends to the agent.
+    pub(crate) block: bool,
     /// Only beside an agent, and away from a node that fell silent.
     pub(crate) beside_agent: bool,
     /// The node that it should run on, if its volume can be mounted there.
     pub(crate) node: Option<&'a str>,
 }
 
-/// It fulfils the `restricted` pod security standard and has no token.
+/// It fulfils the `restricted` pod security standard and has no token; but for a block device, whose node in `/dev` is root's
+/// alone: then it runs as root without any capability, which is `baseline`.
 pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
     let mut spec = json!({
         "restartPolicy": "Never",
@@ -45,6 +48,9 @@ pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
         }],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted, "readOnly": hold.read_only}}],
     });
+    if hold.block {
+        lend(&mut spec, hold);
+    }
     let mut tolerations: Vec<_> = context.dispatch.tolerations.iter().map(|one| json!(one)).collect();
     if hold.beside_agent {
         spec["affinity"] = beside_agent(hold.node);
@@ -55,6 +61,29 @@ pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
     spec["imagePullSecrets"] = secrets.into();
     let metadata = hold.owner.metadata(hold.pod, hold.claim);
     Ok(serde_json::from_value(json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))?)
+}
+
+/// Whether a claim is a raw block device.
+pub(crate) fn is_block(claim: &PersistentVolumeClaim) -> bool {
+    claim.spec.as_ref().and_then(|spec| spec.volume_mode.as_deref()) == Some("Block")
+}
+
+fn lend(spec: &mut Value, hold: &Hold<'_>) {
+    spec["securityContext"] =
+        json!({"runAsNonRoot": false, "runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}});
+    let mut command = vec!["/lifeboat-agent", "lend", "--device=/dev/volume", "--folder=/lend"];
+    if hold.read_only {
+        command.push("--read-only");
+    }
+    let container = &mut spec["containers"][0];
+    container["command"] = command.into();
+    container["volumeDevices"] = json!([{"name": "data", "devicePath": "/dev/volume"}]);
+    container["volumeMounts"] = json!([{"name": "lend", "mountPath": "/lend"}]);
+    // A claim of mode Block is never mounted read-only; the device is opened so.
+    spec["volumes"] = json!([
+        {"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted}},
+        {"name": "lend", "emptyDir": {"medium": "", "sizeLimit": "1Mi"}},
+    ]);
 }
 
 /// The node is a wish: the scheduler knows all that a volume needs.

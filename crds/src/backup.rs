@@ -261,6 +261,9 @@ pub struct VolumeBackupStatus {
     /// Whether it is a raw block device, read as one image.
     #[serde(default)]
     pub block: bool,
+    /// How the block device was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_read: Option<BlockRead>,
     /// The snapshot that it is read from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<VolumeCut>,
@@ -299,6 +302,38 @@ pub struct VolumeBackupStatus {
     pub message: Option<String>,
 }
 
+/// What told which parts of a block device need not be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ReadBy {
+    /// The storage's list of what changed since the snapshot that the parent shows.
+    Delta,
+    /// The storage's list of what is allocated.
+    Allocated,
+    /// Nothing: all of it was read and compared with the parent.
+    #[default]
+    Full,
+}
+
+/// How a block device was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BlockRead {
+    /// What told which parts need not be read.
+    pub by: ReadBy,
+    /// Why nothing better did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Bytes that the list names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listed_bytes: Option<u64>,
+    /// Bytes that the list leaves out and that were read to see whether it is right.
+    #[serde(default)]
+    pub audited_bytes: u64,
+    /// What is wrong with the list, if that was found. Then everything was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wrong_list: Option<String>,
+}
+
 /// A snapshot of a volume on its storage.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -315,6 +350,9 @@ pub struct VolumeCut {
     pub size: String,
     /// The longest time until it can be read, in seconds, from its turn.
     pub ready_within_seconds: u64,
+    /// At least one in so many backups of a raw block volume reads everything, whatever the storage lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit_every: Option<u32>,
     /// The driver's name of the snapshot. Set when the snapshot is made, never before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handle: Option<String>,

@@ -47,6 +47,8 @@ names! {
         Cut,
         /// `Backup`: the objects are captured and every volume has been read.
         Captured,
+        /// `Backup`: `False` when a storage's list of blocks was found wrong; the volume was then read in full.
+        BlockLists,
         /// `Restore`: source found and everything to be restored is listed.
         Planned,
         /// `Restore`: every volume has its data.
@@ -150,6 +152,8 @@ names! {
         SnapshotFailed,
         /// The snapshot was made, but could not be mounted and read in time.
         SnapshotNotReady,
+        /// The storage's list of allocated or changed blocks leaves out some.
+        WrongBlockList,
         /// A quiesce step failed.
         HookFailed,
         /// A quiesce step did not end by its deadline.

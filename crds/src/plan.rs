@@ -118,6 +118,11 @@ pub struct VolumeRule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("readyWithin must be longer than zero, such as 30m"))]
     pub ready_within: Option<DurationString>,
+    /// Of raw block volumes whose storage lists what changed: at least one in so many backups reads everything and compares it
+    /// with the list; 1 is every backup. Default: 10.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub audit_every: Option<u32>,
 }
 
 /// Selects claims.

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    backup::{Phase, SkippedFile, Transfer},
+    backup::{BlockRead, Phase, SkippedFile, Transfer},
     cluster_repository::{Backend, Reclaimed, SecretRef},
 };
 
@@ -72,6 +72,9 @@ pub struct MountedVolume {
     pub pod: String,
     /// The pod's UID: kubelet's directory is named by it.
     pub pod_uid: String,
+    /// Whether it is a raw block device, which the pod lends.
+    #[serde(default)]
+    pub block: bool,
 }
 
 /// How an agent opens a repository. Secrets lie in Lifeboat's namespace; the agent reads these two and no others.
@@ -117,6 +120,43 @@ pub struct BackupOperation {
     /// Put on the snapshot.
     #[serde(default)]
     pub tags: BTreeMap<String, String>,
+    /// What a block device shows, and who knows what changed of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Box<ImageSource>>,
+}
+
+/// The snapshot on the storage that a block device shows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageSource {
+    /// The CSI driver.
+    pub driver: String,
+    /// The driver's name of the volume.
+    pub volume_handle: String,
+    /// The driver's name of the snapshot.
+    pub snapshot_handle: String,
+    /// Every so many backups all is read, and compared with what the storage says.
+    pub audit_every: u32,
+    /// Who lists what is allocated and what changed. Without it everything is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lists: Option<BlockLists>,
+    /// Why nobody does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_lists: Option<String>,
+}
+
+/// A driver's service for lists of blocks, as its `SnapshotMetadataService` names it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BlockLists {
+    /// Host and port.
+    pub address: String,
+    /// The audience of the token that it takes.
+    pub audience: String,
+    /// The certificates that its own must come from, as PEM.
+    pub ca_certificate: String,
+    /// The `VolumeSnapshot` that points to the snapshot, in Lifeboat's namespace.
+    pub snapshot: String,
 }
 
 /// Writes a snapshot into a volume.
@@ -188,6 +228,9 @@ pub struct TaskResult {
     pub parent: Option<String>,
     /// The figures.
     pub transfer: Transfer,
+    /// How a block device was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block: Option<BlockRead>,
     /// How many files could not be read or restored in full.
     pub skipped: u64,
     /// The first of these, 20 at most.

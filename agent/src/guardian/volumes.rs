@@ -25,6 +25,7 @@ fn open(kubelet: &Path, lease: &Lease<'_>, names: &[String]) -> Result<Vec<FileS
             volume: name.clone(),
             pod: lease.workload.pod.clone(),
             pod_uid: lease.workload.pod_uid.clone(),
+            block: false,
         };
         let mounted = volume::find(kubelet, &wanted).map_err(|error| {
             let gone = matches!(error, VolumeError::PodGone { .. } | VolumeError::NotMounted { .. });

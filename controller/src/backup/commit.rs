@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{Api, ResourceExt};
 use lifeboat_crds::BackupStatus;
-use lifeboat_crds::backup::{Consistency, Phase};
+use lifeboat_crds::backup::{Consistency, Phase, VolumeBackupStatus};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_process::access::AccessError;
@@ -16,7 +16,7 @@ use lifeboat_repository::backup;
 use lifeboat_repository::id::SnapshotId;
 use lifeboat_repository::repository::Repository;
 use lifeboat_repository::snapshot::{Content, Counts, Snapshot};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Run;
 use crate::context::Context;
@@ -137,6 +137,26 @@ fn counts_of(snapshots: &[Snapshot], description: &Description) -> Result<Counts
     Ok(counts)
 }
 
+/// A list that leaves out a change would have lost it: the owner of the storage should know.
+async fn note_wrong_lists(run: &mut Run, context: &Context) {
+    let wrong = |volume: &VolumeBackupStatus| {
+        let what = volume.block_read.as_ref()?.wrong_list.as_ref()?;
+        let driver = volume.cut.as_ref().map(|cut| cut.driver.as_str()).unwrap_or_default();
+        Some(format!("of the claim {} by the driver {driver}: {what}", volume.claim))
+    };
+    let all: Vec<_> = run.status.volumes.iter().filter_map(wrong).collect();
+    if all.is_empty() {
+        return;
+    }
+    let message = format!(
+        "the list of blocks is wrong, {}; everything was read instead. Earlier backups since the last audit may lack changes: tell the driver's maker, and set auditEvery: 1",
+        all.join(", ")
+    );
+    warn!(message, "a list of blocks is wrong");
+    run.set(ConditionType::BlockLists, State::False, Reason::WrongBlockList, message.clone());
+    context.events.warning(&run.backup, Reason::WrongBlockList, message).await;
+}
+
 async fn fail_with(run: &mut Run, context: &Context, error: &AccessError) -> Result<()> {
     run.fail(context, error.reason, format!("the recovery point was not committed: {}", error.message)).await
 }
@@ -153,6 +173,7 @@ async fn succeed(run: &mut Run, context: &Context, description: &Description, po
     run.status.recovery_point = Some(point.id.to_string());
     run.status.completion_time = Some(Time(now));
     run.set(ConditionType::Captured, State::True, Reason::Done, "objects and volumes are in the repository");
+    note_wrong_lists(run, context).await;
     let unread: Vec<_> = run.status.volumes.iter().filter(|volume| volume.skipped > 0).collect();
     let (phase, reason, message) = if unread.is_empty() {
         let message = format!("recovery point {} is committed", point.id);

@@ -10,6 +10,7 @@ use kube::{Api, ResourceExt};
 use lifeboat_crds::VolumeTask;
 use lifeboat_crds::backup::{Phase, VolumeBackupStatus};
 use lifeboat_crds::conditions::Reason;
+use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::MountedVolume;
 use serde_json::json;
 use tracing::{info, warn};
@@ -22,7 +23,7 @@ use crate::storage::{self, Kind, error_of};
 use crate::task;
 
 /// The name of everything that makes one snapshot readable.
-fn name(run: &Run, volume: &VolumeBackupStatus) -> String {
+pub(super) fn name(run: &Run, volume: &VolumeBackupStatus) -> String {
     format!("lifeboat-{}", task::name('x', &run.uid, &decide::reading_key(volume)))
 }
 
@@ -43,9 +44,13 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
     let name = name(run, volume);
     let metadata = owner(run).metadata(&name, &volume.claim);
     let mode = if volume.block { "Block" } else { "Filesystem" };
+    // Whoever asks for lists of blocks finds the driver's secrets by the class. A group's class is of another kind: then the
+    // driver's default class counts.
+    let class = Some(&cut.class).filter(|_| volume.method == VolumeMethod::Snapshot);
     let pointer = json!({
         "metadata": metadata,
         "spec": {
+            "volumeSnapshotClassName": class,
             // The snapshot belongs to the object in the application's namespace; this one only points to it.
             "deletionPolicy": "Retain",
             "driver": cut.driver,
@@ -54,7 +59,8 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
             "volumeSnapshotRef": {"name": name, "namespace": context.namespace},
         },
     });
-    let snapshot = json!({"metadata": metadata, "spec": {"source": {"volumeSnapshotContentName": name}}});
+    let source = json!({"volumeSnapshotContentName": name});
+    let snapshot = json!({"metadata": metadata, "spec": {"volumeSnapshotClassName": class, "source": source}});
     let claim = json!({
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata,
         "spec": {
@@ -71,6 +77,7 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
         claim: &volume.claim,
         mounted: &name,
         read_only: true,
+        block: volume.block,
         beside_agent: true,
         node: volume.node.as_deref(),
     };
@@ -157,6 +164,7 @@ async fn mounted(
         volume: bound,
         pod: pod.name_any(),
         pod_uid: pod.uid().unwrap_or_default(),
+        block: volume.block,
     };
     Ok(Ok((pod, mount)))
 }

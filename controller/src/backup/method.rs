@@ -11,6 +11,7 @@ use lifeboat_crds::conditions::Reason;
 use lifeboat_crds::plan::{BackupPlan, Fallback, VolumeMatch, VolumeMethod, VolumeRule, selector_matches};
 
 use super::resolve::{Refusal, is_readable};
+use crate::holder::is_block;
 use crate::storage::{Class, Storage, class_for};
 
 /// The longest time from the cut until a snapshot can be read, unless a rule says otherwise.
@@ -128,7 +129,8 @@ fn pending(claim: &PersistentVolumeClaim) -> VolumeBackupStatus {
         volume: spec.volume_name,
         method: VolumeMethod::Live,
         fallback: None,
-        block: spec.volume_mode.as_deref() == Some("Block"),
+        block: is_block(claim),
+        block_read: None,
         cut: None,
         attempt: 0,
         pod: None,
@@ -156,12 +158,6 @@ fn check(claim: &PersistentVolumeClaim) -> Result<(), Refusal> {
     if !is_bound || spec.is_none_or(|spec| spec.volume_name.is_none()) {
         let message = format!("the claim {name} is not bound to a volume; start a pod that uses it, {WAY_OUT}");
         return Err(Refusal::new(Reason::VolumeUnavailable, message));
-    }
-    if spec.and_then(|spec| spec.volume_mode.as_deref()) == Some("Block") {
-        let message = format!(
-            "the claim {name} is a raw block volume, which cannot be read yet; leave its data out with a rule of method Skip"
-        );
-        return Err(Refusal::new(Reason::VolumeUnsupported, message));
     }
     Ok(())
 }
@@ -203,6 +199,7 @@ fn snapshot(rule: Option<&VolumeRule>, selected: &Selected, storage: &Storage) -
         storage_class: storage_class.clone(),
         size: capacity.map(|size| size.0.clone()).unwrap_or_default(),
         ready_within_seconds: ready_within.unwrap_or(READY_WITHIN).as_secs().max(1),
+        audit_every: rule.and_then(|rule| rule.audit_every),
         handle: None,
         created_at: None,
     })
@@ -211,6 +208,13 @@ fn snapshot(rule: Option<&VolumeRule>, selected: &Selected, storage: &Storage) -
 /// Reads the claim where a running pod has it mounted.
 fn live(mut status: VolumeBackupStatus, pods: &[Pod]) -> Result<VolumeBackupStatus, Refusal> {
     let name = &status.claim;
+    if status.block {
+        let why = status.fallback.as_ref().map(|why| format!("{why}, and ")).unwrap_or_default();
+        let message = format!(
+            "{why}the claim {name} is a raw block volume, which is read from a CSI snapshot only; make a VolumeSnapshotClass for its driver, {WAY_OUT}"
+        );
+        return Err(Refusal::new(Reason::VolumeUnsupported, message));
+    }
     let mut readers: Vec<_> = pods.iter().filter(|pod| is_readable(pod) && mounts(pod, name)).collect();
     readers.sort_by_key(|pod| pod.name_any());
     let Some(pod) = readers.first() else {
@@ -346,6 +350,10 @@ mod tests {
         );
     }
 
+    fn block() -> Value {
+        json!({"/spec": {"volumeName": "pv", "storageClassName": "fast", "volumeMode": "Block"}})
+    }
+
     #[test]
     fn claims_that_cannot_be_read_are_refused_with_the_way_out() {
         let pods = [pod("Pending", "data")];
@@ -357,12 +365,14 @@ mod tests {
                 json!([]),
                 Reason::VolumeUnavailable,
             ),
-            (json!({"/spec": {"volumeName": "pv", "volumeMode": "Block"}}), json!([]), Reason::VolumeUnsupported),
+            (block(), json!([{"method": "Live"}]), Reason::VolumeUnsupported),
         ] {
             let refusal = one(rules, selected("data", Some(DRIVER), change), &pods, &storage(true, true)).unwrap_err();
             assert_eq!(refusal.reason, reason);
             assert!(refusal.message.contains("data") && refusal.message.contains("Skip"), "{}", refusal.message);
         }
+        let found = one(json!([]), selected("data", Some(DRIVER), block()), &[], &storage(true, true)).unwrap();
+        assert!(found.block && found.method == VolumeMethod::Snapshot);
         let skipping = json!([{"match": {"storageClass": "fast"}, "method": "Skip"}]);
         let found = one(skipping, selected("data", None, json!({})), &[], &storage(true, true)).unwrap();
         assert_eq!(found.method, VolumeMethod::Skip);

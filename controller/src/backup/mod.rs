@@ -10,6 +10,7 @@ mod cut;
 mod decide;
 mod erase;
 mod expose;
+mod lists;
 mod method;
 mod quiesce;
 mod resolve;
@@ -301,6 +302,7 @@ fn take_result(volume: &mut VolumeBackupStatus, task: &VolumeTask) {
     volume.phase = if result.skipped == 0 { Phase::Succeeded } else { Phase::Partial };
     volume.snapshot = Some(result.snapshot.clone());
     volume.transfer = Some(result.transfer);
+    volume.block_read.clone_from(&result.block);
     volume.skipped = result.skipped;
     volume.skipped_sample.clone_from(&result.skipped_sample);
 }
@@ -362,6 +364,7 @@ async fn order(
         operation: Operation::Backup(BackupOperation {
             lineage: volume_lineage(cluster, &run.namespace, &volume.claim),
             tags,
+            image: lists::source(run, context, volume).await?.map(Into::into),
         }),
         deadline: Timestamp::now() + TASK_LIMIT,
     }))
@@ -384,6 +387,7 @@ async fn start_tasks(run: &mut Run, context: &Context) -> Result<()> {
             volume: pv.clone(),
             pod: pod.clone(),
             pod_uid: pod_uid.clone(),
+            block: false,
         };
         match order(run, context, volume, node, mount).await? {
             Ok(order) => task::create(&api, order).await?,

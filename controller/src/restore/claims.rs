@@ -20,7 +20,7 @@ use super::plan::{Captured, captured};
 use crate::child::Owner;
 use crate::context::Context;
 use crate::dispatch::{self, Kind, Need, Place, Verdict, Work};
-use crate::holder::{self, Hold};
+use crate::holder::{self, Hold, is_block};
 use crate::object::{ResourceName, restored_form};
 use crate::recovery_point::Description;
 use crate::storage;
@@ -200,8 +200,7 @@ async fn begin(
     let pods = context.namespaced::<Pod>(&run.namespace);
     let name = pod_name(run, &volume.claim);
     let Some(pod) = pods.get_opt(&name).await.context("cannot read a pod")? else {
-        return match pods.create(&PostParams::default(), &holder::pod(context, &hold(run, &name, &volume.claim))?).await
-        {
+        return match pods.create(&PostParams::default(), &holder::pod(context, &hold(run, &name, &claim))?).await {
             Ok(_) => Ok(Ok(volume)),
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(Ok(volume)),
             Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => Ok(Err((
@@ -296,6 +295,7 @@ async fn order(
             volume: pv.to_owned(),
             pod: pod.name_any(),
             pod_uid: pod.uid().unwrap_or_default(),
+            block: pod.spec.iter().flat_map(|spec| &spec.containers).any(|one| one.volume_devices.is_some()),
         }),
         repository: RepositoryAccess {
             name: pinned.name,
@@ -310,9 +310,10 @@ async fn order(
 }
 
 /// A claim that is filled is mounted where its application's pods could run, by a pod of the application's namespace.
-fn hold<'a>(run: &'a Run, pod: &'a str, claim: &'a str) -> Hold<'a> {
+fn hold<'a>(run: &'a Run, pod: &'a str, claim: &'a PersistentVolumeClaim) -> Hold<'a> {
     let owner = Owner { kind: "Restore", name: &run.name, uid: &run.uid };
-    Hold { owner, pod, claim, mounted: claim, read_only: false, beside_agent: false, node: None }
+    let (name, block) = (claim.metadata.name.as_deref().unwrap_or_default(), is_block(claim));
+    Hold { owner, pod, claim: name, mounted: name, read_only: false, block, beside_agent: false, node: None }
 }
 
 /// Takes over what a task says.

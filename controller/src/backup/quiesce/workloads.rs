@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 
 use super::super::{Run, resolve};
 use crate::context::Context;
+use crate::holder::is_block;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -44,7 +45,7 @@ pub(super) type Refusal = (Reason, String);
 #[derive(Debug, Default)]
 struct Known {
     pods: Vec<Pod>,
-    /// Persistent volumes by the names of their claims.
+    /// Persistent volumes with a file system by the names of their claims.
     volumes: BTreeMap<String, String>,
     templates: BTreeMap<String, QuiesceTemplateSpec>,
     /// What every template may use besides its parameters.
@@ -73,7 +74,8 @@ pub(super) async fn resolve(run: &Run, quiesce: &Quiesce, context: &Context) -> 
     let pods = context.namespaced::<Pod>(&run.namespace).list(&everything).await.context("cannot list pods")?.items;
     let claims = context.namespaced::<PersistentVolumeClaim>(&run.namespace).list(&everything).await;
     let volume = |claim: PersistentVolumeClaim| Some((claim.name_any(), claim.spec?.volume_name?));
-    let volumes = claims.context("cannot list claims")?.into_iter().filter_map(volume).collect();
+    let claims = claims.context("cannot list claims")?.into_iter().filter(|claim| !is_block(claim));
+    let volumes = claims.filter_map(volume).collect();
     let given = BTreeMap::from([(
         MAX_FREEZE_MILLIS.to_owned(),
         super::longest(quiesce.max_freeze.as_ref()).as_millis().to_string(),
