@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use lifeboat_process::access::RepositoryAccess;
 use lifeboat_process::server::{self, Readiness};
 use lifeboat_process::telemetry::{self, LogFormat};
@@ -39,7 +39,19 @@ use crate::context::Context;
 #[command(version)]
 struct Options {
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Controls all kinds, as soon as it leads.
+    Run(Box<RunOptions>),
+    /// Prints the steps that a backup takes, as the log has them at the level `debug`.
+    Steps,
+}
+
+#[derive(Debug, Args)]
+struct RunOptions {
     /// The namespace that Lifeboat is installed in.
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: String,
@@ -78,12 +90,6 @@ struct Options {
     log_format: LogFormat,
 }
 
-#[derive(Debug, clap::Subcommand)]
-enum Command {
-    /// Prints the steps that a backup takes, as the log has them at the level `debug`.
-    Steps,
-}
-
 /// Of pods, as they stand in a pod's spec.
 type Tolerations = Vec<k8s_openapi::api::core::v1::Toleration>;
 
@@ -93,10 +99,13 @@ fn tolerations(text: &str) -> Result<Tolerations, serde_json::Error> {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let options = Options::parse();
-    if let Some(Command::Steps) = options.command {
-        return print_steps();
+    match Options::parse().command {
+        Command::Run(options) => run(*options).await,
+        Command::Steps => print_steps(),
     }
+}
+
+async fn run(options: RunOptions) -> Result<()> {
     telemetry::start(options.log_format);
     let config = kube::Config::infer().await.context("cannot tell how to reach the API server")?;
     let client = kube::Client::try_from(config.clone()).context("cannot speak to the API server")?;

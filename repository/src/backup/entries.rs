@@ -9,7 +9,8 @@ use futures::{Stream, StreamExt};
 use jiff::Timestamp;
 
 use super::assemble::{Assembly, Written};
-use super::read::{Context, Hooks, Outcome, SMALL_BYTES, store_bytes};
+use super::read::{Context, Hooks, Outcome, SMALL_BYTES};
+use super::store::store_bytes;
 use super::tree::{StopOnDrop, decide};
 use super::{BackupError, BackupReport, TreeBackup};
 use crate::chunk::{Chunker, KeyedFastCdc};

@@ -15,6 +15,7 @@ mod page_tests;
 mod pages;
 mod parent;
 mod read;
+mod store;
 #[cfg(test)]
 mod tests;
 mod tree;

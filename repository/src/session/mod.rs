@@ -10,6 +10,7 @@ mod inherit;
 mod mask;
 mod moves;
 mod pin;
+mod put;
 pub(crate) mod references;
 pub(crate) mod registration;
 mod writer;

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -23,7 +22,7 @@ use crate::index::{SEGMENT_ENTRIES, Segment, SegmentEntry, encode_segment, segme
 use crate::keyring::{KeyRingError, SessionCiphers};
 use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, seal_frame};
 use crate::refset::{Refset, refset_key};
-use crate::sink::{ChunkKind, ChunkSink, MAX_CHUNK_BYTES, Put};
+use crate::sink::ChunkKind;
 use crate::snapshot::{NewSnapshot, Snapshot};
 use crate::store::StoreError;
 
@@ -62,11 +61,11 @@ pub struct SessionStats {
 }
 
 #[derive(Debug, Default)]
-struct Counters {
+pub(super) struct Counters {
     chunks: AtomicU64,
-    new_chunks: AtomicU64,
-    new_bytes: AtomicU64,
-    stored_bytes: AtomicU64,
+    pub(super) new_chunks: AtomicU64,
+    pub(super) new_bytes: AtomicU64,
+    pub(super) stored_bytes: AtomicU64,
     uploaded_bytes: AtomicU64,
 }
 
@@ -79,7 +78,7 @@ pub(super) struct OpenPack {
 
 #[derive(Debug, Default)]
 pub(super) struct Writing {
-    own: HashMap<ChunkId, Place>,
+    pub(super) own: HashMap<ChunkId, Place>,
     refs: Refset,
     open_data: Option<OpenPack>,
     open_metadata: Option<OpenPack>,
@@ -133,7 +132,7 @@ pub(super) struct Shared {
     sealers: Semaphore,
     /// Whether data compresses at all.
     experience: Arc<Experience>,
-    counters: Counters,
+    pub(super) counters: Counters,
 }
 
 impl Drop for Session {
@@ -241,7 +240,7 @@ impl Session {
         self.shared.publish().await
     }
 
-    fn upload(&self, pack: OpenPack) {
+    pub(super) fn upload(&self, pack: OpenPack) {
         let shared = Arc::clone(&self.shared);
         let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
         // Ended tasks are taken out so that the set stays small; their failures are kept in the session.
@@ -435,12 +434,12 @@ impl Shared {
     }
 
     /// Whether a reference to this place is good: expiry does not delete it, and the chunk is not lost.
-    fn may_refer(&self, place: Place) -> bool {
+    pub(super) fn may_refer(&self, place: Place) -> bool {
         !self.mask.packs.contains(place.pack) && !self.engine.lost.covers(place)
     }
 
     /// Where the repository has the chunk already, as the pack's own directory says.
-    async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
+    pub(super) async fn find(&self, id: &ChunkId, plain_len: usize) -> Result<Option<Place>, SessionError> {
         // What was stored together is met together: the packs of the last answers first.
         for (place, entry) in self.engine.directories.recent(id) {
             if entry.expected.plain_len as usize == plain_len && self.may_refer(place) {
@@ -499,7 +498,7 @@ impl Shared {
     }
 
     /// Compresses and seals on a worker thread, holding the budget that the sealed bytes need.
-    async fn seal(
+    pub(super) async fn seal(
         &self,
         kind: ChunkKind,
         id: ChunkId,
@@ -538,7 +537,7 @@ impl Shared {
     /// Appends the frame to the open pack of its kind; also gives back the pack when that filled it.
     ///
     /// `Err(place)`: another stream stored the same chunk meanwhile.
-    fn append(
+    pub(super) fn append(
         &self,
         frame: SealedFrame,
         permit: OwnedSemaphorePermit,
@@ -566,77 +565,8 @@ impl Shared {
     }
 
     /// Notes that the session refers to the place.
-    fn refer(&self, place: Place) {
+    pub(super) fn refer(&self, place: Place) {
         self.counters.chunks.fetch_add(1, Ordering::Relaxed);
         self.lock().refs.insert(place);
-    }
-}
-
-#[async_trait]
-impl ChunkSink for Session {
-    fn chunk_id(&self, plain: &[u8]) -> ChunkId {
-        self.shared.engine.chunk_id(plain)
-    }
-
-    fn chunker_key(&self) -> &[u8; 32] {
-        self.shared.engine.keys.domain().chunker.bytes()
-    }
-
-    async fn put(&self, kind: ChunkKind, id: ChunkId, plain: Bytes) -> Result<Put, SessionError> {
-        let shared = &self.shared;
-        if plain.len() > MAX_CHUNK_BYTES {
-            return Err(SessionError::ChunkTooLarge { id, len: plain.len(), limit: MAX_CHUNK_BYTES });
-        }
-        // At most 16 MiB: fits.
-        let len = u32::try_from(plain.len()).unwrap_or(u32::MAX);
-        let known = shared.usable()?.own.get(&id).copied();
-        let known = match known {
-            Some(place) => Some(place),
-            None => shared.find(&id, plain.len()).await?,
-        };
-        if let Some(place) = known {
-            shared.refer(place);
-            return Ok(Put { chunk: ChunkRef { id, len, place }, new: false, stored: 0 });
-        }
-        let (frame, permit) = shared.seal(kind, id, plain).await?;
-        let stored = u32::try_from(frame.bytes.len()).unwrap_or(u32::MAX);
-        let place = match shared.append(frame, permit)? {
-            Ok((place, full)) => {
-                if let Some(pack) = full {
-                    self.upload(pack);
-                }
-                place
-            }
-            Err(place) => {
-                shared.refer(place);
-                return Ok(Put { chunk: ChunkRef { id, len, place }, new: false, stored: 0 });
-            }
-        };
-        shared.refer(place);
-        let counters = &shared.counters;
-        counters.new_chunks.fetch_add(1, Ordering::Relaxed);
-        counters.new_bytes.fetch_add(u64::from(len), Ordering::Relaxed);
-        counters.stored_bytes.fetch_add(u64::from(stored), Ordering::Relaxed);
-        Ok(Put { chunk: ChunkRef { id, len, place }, new: true, stored })
-    }
-
-    fn knows_lost(&self) -> bool {
-        !self.shared.engine.lost.is_empty()
-    }
-
-    fn is_lost(&self, chunk: &ChunkRef) -> bool {
-        let place = self.shared.parent.get().and_then(|parent| parent.place(chunk));
-        self.shared.engine.lost.covers(place.unwrap_or(chunk.place))
-    }
-
-    fn inherit(&self, chunk: &ChunkRef) -> bool {
-        let place = self.shared.parent.get().and_then(|parent| parent.place(chunk));
-        match place.filter(|place| self.shared.may_refer(*place)) {
-            Some(place) => {
-                self.shared.refer(place);
-                true
-            }
-            None => false,
-        }
     }
 }
