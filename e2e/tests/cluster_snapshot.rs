@@ -257,13 +257,13 @@ parameters: {{readyAfter: 1h}}
         s.eventually("the snapshot to be mounted", async || Ok(!left_behind(&s)?.is_empty())).await?;
         s.delete(&s.namespaced::<Backup>(), "deleted").await?;
         nothing_is_left(&s).await?;
-        s.kubectl_cluster(&["delete", "volumesnapshotclass", &class])?;
         s.eventually("the storage to have none of them", async || {
             let fields = "jsonpath={.items[*].spec.volumeSnapshotClassName}";
             let rest = s.kubectl_cluster(&["get", "volumesnapshotcontents", "-o", fields])?;
             Ok(!rest.contains(&class))
         })
-        .await
+        .await?;
+        s.kubectl_cluster(&["delete", "volumesnapshotclass", &class]).map(|_| ())
     });
 }
 

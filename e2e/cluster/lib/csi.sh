@@ -46,7 +46,7 @@ keep_sidecars() {
 
 start_sidecars() {
   local socket
-  SIDECARS=(--kubeconfig="$PKI/admin-inside.kubeconfig" --retry-interval-start=200ms --kube-api-qps=200 --kube-api-burst=400)
+  SIDECARS=(--kubeconfig="$PKI/admin-inside.kubeconfig" --retry-interval-start=200ms --retry-interval-max=5s --kube-api-qps=200 --kube-api-burst=400)
   for socket in $SOCKET $TREE_SOCKET; do
     in_node n1 sh -c "for i in \$(seq 100); do [ -S $socket ] && exit 0; sleep 0.05; done; exit 1" ||
       die "a CSI driver has no socket: $(tail -5 "$(log_in n1 driver)" "$(log_in n1 tree-driver)")"
