@@ -1,7 +1,7 @@
 //! Replacing a damaged object by its original bytes: the only act that takes an object away to put the same one back.
 //!
 //! At every moment the store holds either the object or a staged copy of its original (`h/<hash of the key>`), which the
-//! next heal puts into place if this one dies. See docs/adr/0009.
+//! next heal puts into place if this one dies. See docs/adr/0008.
 
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 //! The replicator is an ordinary writing session at the target, one for each snapshot. So the target's expiry treats it
 //! as any writer, no listing has to be complete, and after a crash what was uploaded is found again. A replica is a
 //! snapshot with an id of its own and the label `replica-of`. Where both repositories have the same keys, a chunk that
-//! the target has is not even read; with other keys chunks are opened here and sealed there. See docs/adr/0011.
+//! the target has is not even read; with other keys chunks are opened here and sealed there. See docs/adr/0010.
 
 mod copy;
 
