@@ -60,7 +60,7 @@ const VICTIMS: [Victim; 4] = [Victim::Controller, Victim::Agents, Victim::ApiSer
 
 impl Victim {
     /// Kills it, and brings back what does not come back by itself.
-    async fn die(self) -> Result<()> {
+    async fn die(self, s: &Scenario) -> Result<()> {
         let for_a_while = async |component: &str| {
             launcher(&["kill", component])?;
             tokio::time::sleep(Duration::from_secs(3)).await;
@@ -69,7 +69,10 @@ impl Victim {
         match self {
             Self::Controller => kill(CONTROLLER),
             Self::Agents => kill("/lifeboat-agent run"),
-            Self::ApiServer => for_a_while("apiserver").await,
+            Self::ApiServer => {
+                for_a_while("apiserver").await?;
+                s.eventually("the API server", async || Ok(s.client.apiserver_version().await.is_ok())).await
+            }
             Self::Store => for_a_while("s3").await,
         }
     }
@@ -216,7 +219,7 @@ async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim
     begin_round(s, name).await?;
     log.reaches(s, step)?;
     drop(log);
-    victim.die().await?;
+    victim.die(s).await?;
     if matches!(victim, Victim::Controller | Victim::Agents) {
         s.backup_finished(name).await?;
         fresh_lifeboat(s).await?;
