@@ -190,7 +190,9 @@ impl Worker {
         let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
         let session = repository.begin(options).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         if let Err(error) = reporter.session(session.id().to_string()).await {
-            let failure = Failure::new(Reason::InternalError, format!("the session cannot be noted: {error}"));
+            let message = format!("the session cannot be noted in the task: {error}");
+            // The API server may be back soon.
+            let failure = Failure { may_pass: true, ..Failure::new(Reason::Unreachable, message) };
             session.abort(&failure.message).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
             return Err(failure);
         }

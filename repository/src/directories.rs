@@ -49,7 +49,7 @@ pub(crate) struct Directories {
     /// By the number of renewals before the fetch, so that what was fetched before the last is not used after it.
     cache: Cache<(u64, PackId), Arc<Directory>, ByMemory>,
     renewals: AtomicU64,
-    /// Those that had an answer last, newest first.
+    /// Those in which the index's answers were found last, newest first.
     recent: Mutex<VecDeque<(u64, PackId, Arc<Directory>)>>,
 }
 
@@ -86,7 +86,7 @@ impl Directories {
         Ok(found.map(|(place, entry)| (place, entry, directory)))
     }
 
-    /// Where the chunk lies in the packs that had the last answers since the last renewal.
+    /// Where the chunk lies in the packs in which the index's last answers were found since the last renewal.
     pub(crate) fn recent(&self, id: &ChunkId) -> Vec<(Place, SlotEntry)> {
         let renewals = self.renewals.load(Ordering::SeqCst);
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,8 +98,9 @@ impl Directories {
 
     fn remember(&self, renewals: u64, pack: PackId, directory: &Arc<Directory>) {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = recent.iter().position(|(when, known, _)| (*when, *known) == (renewals, pack)) {
-            recent.swap(0, at);
+        let known = recent.iter().position(|(when, known, _)| (*when, *known) == (renewals, pack));
+        if let Some(known) = known.and_then(|at| recent.remove(at)) {
+            recent.push_front(known);
         } else {
             recent.push_front((renewals, pack, Arc::clone(directory)));
             recent.truncate(RECENT);

@@ -54,6 +54,9 @@ fn print(report: &ExpireReport, dry_run: bool) {
             report.packs_left
         );
     }
+    if report.segments_merged > 0 {
+        println!("{} segments of the index merged", report.segments_merged);
+    }
     for session in &report.aborted {
         println!("the session {session} gave no sign of life and was aborted");
     }
@@ -78,6 +81,7 @@ fn as_json(report: &ExpireReport, dry_run: bool) -> serde_json::Value {
         "packsRepacked": report.packs_repacked,
         "bytesCopied": report.bytes_copied,
         "packsLeft": report.packs_left,
+        "segmentsMerged": report.segments_merged,
         "aborted": names(&report.aborted),
         "waitingFor": names(&report.waiting_for),
         "done": report.waiting_for.is_empty(),

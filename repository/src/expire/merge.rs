@@ -18,15 +18,28 @@ impl Run {
         if self.options.dry_run {
             return Ok(());
         }
+        if self.sizes.is_empty() {
+            self.list_packs().await?;
+        }
         self.engine.index.refresh().await?;
+        // Before the registrations are read: who registers later has no segment among these, whatever is loaded meanwhile.
+        let waiting = self.engine.index.waiting();
         let Some(open) = self.open_sessions().await? else { return Ok(()) };
         let committed: BTreeSet<_> = self.engine.commits.all().into_iter().map(|(session, _)| session).collect();
-        let is_settled = |session: SessionId| committed.contains(&session) || !open.contains(&session);
+        let is_settled = |session: SessionId| {
+            waiting.contains(&session) && (committed.contains(&session) || !open.contains(&session))
+        };
         loop {
             let is_listed = |pack| self.sizes.contains_key(&pack);
             match self.engine.index.merge(self.options.merge_from, is_settled, is_listed).await {
                 Ok(0) => break,
                 Ok(merged) => self.report.segments_merged += merged,
+                // Another merged meanwhile and took away what this one was reading; or it is lost, which the next expiry sees
+                // again and `lifeboat rebuild-index` mends.
+                Err(MergeError::Store(error)) if error.is_not_found() => {
+                    warn!(%error, "the index is not merged this time");
+                    break;
+                }
                 Err(MergeError::Store(error)) => return Err(error.into()),
                 Err(error @ MergeError::Damaged { .. }) => {
                     warn!(%error, "the index is not merged");

@@ -188,6 +188,20 @@ struct Run {
     dense: PackSet,
 }
 
+impl Run {
+    fn new(repository: &Repository, options: ExpireOptions, progress: Arc<Progress>) -> Self {
+        Self {
+            repository: repository.clone(),
+            engine: Arc::clone(&repository.engine),
+            options,
+            progress,
+            report: ExpireReport::default(),
+            sizes: BTreeMap::new(),
+            dense: PackSet::default(),
+        }
+    }
+}
+
 impl Repository {
     /// Deletes what no snapshot refers to any more, and repacks what is mostly dead.
     ///
@@ -195,15 +209,7 @@ impl Repository {
     /// running that began before, the round may end [`ExpireReport::waiting_for`] them: call again later.
     pub async fn expire(&self, options: ExpireOptions, progress: Arc<Progress>) -> Result<ExpireReport, ExpireError> {
         let stop = Arc::clone(&progress);
-        let mut run = Run {
-            repository: self.clone(),
-            engine: Arc::clone(&self.engine),
-            options,
-            progress,
-            report: ExpireReport::default(),
-            sizes: BTreeMap::new(),
-            dense: PackSet::default(),
-        };
+        let mut run = Run::new(self, options, progress);
         tokio::select! {
             biased;
             () = stop.cancelled() => Err(ExpireError::Cancelled),

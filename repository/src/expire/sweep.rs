@@ -11,7 +11,7 @@ use super::view::View;
 use super::{ExpireError, PARALLEL, Run};
 use crate::id::SessionId;
 use crate::index::{SEAL_MAGIC, segments_prefix};
-use crate::pack::{PACKS_PREFIX, pack_key, parse_pack_key};
+use crate::pack::{PACKS_PREFIX, pack_key};
 use crate::parallel::at_once;
 use crate::refset::refset_key;
 use crate::session::decision::decision_key;
@@ -22,17 +22,17 @@ impl Run {
     /// Deletes everything that the round's final names, and says so.
     pub(super) async fn sweep(&mut self, round: u64, decided: &Final) -> Result<(), ExpireError> {
         if self.sizes.is_empty() {
-            self.list_sizes().await?;
+            self.list_packs().await?;
         }
         let packs: Vec<_> = decided.packs.iter().collect();
         let sizes = packs.iter().filter_map(|pack| self.sizes.get(pack));
         let (count, bytes) = sizes.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size));
         self.report.packs_deleted += count;
         self.report.bytes_deleted += bytes;
-        // Also those that no listing shows: a listing may be stale.
         for pack in &packs {
             self.sizes.remove(pack);
         }
+        // Also those that no listing shows: a listing may be stale.
         self.delete_all(packs.into_iter().map(pack_key).collect()).await?;
         let obsolete = decided.obsolete.iter().map(|(snapshot, version)| refset_key(*snapshot, *version));
         self.delete_all(obsolete.collect()).await?;
@@ -49,16 +49,6 @@ impl Run {
         self.engine.store.put_if_absent(&marks::done_key(round), done.into()).await?;
         self.remove_lists(round, decided).await?;
         info!(round, packs = count, bytes, "a round of expiry is done");
-        Ok(())
-    }
-
-    async fn list_sizes(&mut self) -> Result<(), ExpireError> {
-        let mut listed = self.engine.store.list(PACKS_PREFIX);
-        while let Some(object) = listed.try_next().await? {
-            if let Some(pack) = parse_pack_key(&object.key) {
-                self.sizes.insert(pack, object.size);
-            }
-        }
         Ok(())
     }
 

@@ -81,7 +81,7 @@ impl Run {
         Ok(())
     }
 
-    async fn list_packs(&mut self) -> Result<(), ExpireError> {
+    pub(super) async fn list_packs(&mut self) -> Result<(), ExpireError> {
         self.sizes.clear();
         let mut listed = self.engine.store.list(PACKS_PREFIX);
         while let Some(object) = listed.try_next().await? {

@@ -51,6 +51,15 @@ pub(super) struct FilterAt {
 }
 
 impl FilterAt {
+    /// Reads a filter if the flag says that there is one. `all` is as for [`Self::parse`].
+    pub(super) fn parse_if(flag: u32, fields: &mut Fields<'_>, all: usize) -> Result<Option<Self>, WireError> {
+        match flag {
+            0 => Ok(None),
+            1 => Self::parse(fields, all).map(Some),
+            _ => Err(fields.error("unknown flags")),
+        }
+    }
+
     /// Reads a filter's descriptor and checks that no question leaves the fingerprints. `all` is the number of bytes of which the fields are the end.
     pub(super) fn parse(fields: &mut Fields<'_>, all: usize) -> Result<Self, WireError> {
         let seed = fields.u64()?;

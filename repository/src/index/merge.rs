@@ -12,9 +12,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 
-use super::part::{BLOCK_ENTRIES, ENTRY_BYTES, Entry, HEADER_BYTES, Head, PartBuilder, PartInfo, Prefix};
+use super::part::{BLOCK_ENTRIES, ENTRY_BYTES, Entry, HEADER_BYTES, Head, PartBuilder, PartInfo, Prefix, prefix_of};
 use super::version::{self, LISTS_PREFIX, List, PARTS_PREFIX, part_key, version_key};
 use super::{INDEX_PREFIX, Index, Part, Segment, head_name, parse_segment_key, segment_key, unreadable};
 use crate::expire::packset::PackSet;
@@ -30,7 +30,7 @@ const MAX_SEGMENTS: usize = 1024;
 /// Entries of a run read at once: 1 MiB.
 const WINDOW_ENTRIES: usize = 256 * BLOCK_ENTRIES;
 
-/// A merge that was given up. Nothing changed.
+/// A merge that was given up. Nothing changed, or the new version is in force.
 #[derive(Debug, Error)]
 pub(crate) enum MergeError {
     #[error(transparent)]
@@ -44,7 +44,7 @@ struct Inputs {
     version: u64,
     /// Older runs, that stay.
     kept: Vec<Vec<PartInfo>>,
-    /// Newest first.
+    /// The newest run first.
     merged: Vec<Arc<Vec<Arc<Part>>>>,
     segments: Vec<(String, Arc<Segment>)>,
     absorbed: BTreeSet<(SessionId, u32)>,
@@ -53,8 +53,9 @@ struct Inputs {
 impl Index {
     /// Merges once, if at least `from` segments of sessions that are settled wait for it; how many were merged.
     ///
-    /// `is_listed` says that a pack was there lately; of other packs the store is asked, and what is gone is left out. The
-    /// index must have been refreshed before `is_settled` was made.
+    /// `is_listed` says that a pack was there lately; of other packs the store is asked, and what is gone is left out.
+    /// `is_settled` must hold only for sessions that [`Self::waiting`] gave before it was asked which sessions are open: the
+    /// index may have learned of others since.
     pub(crate) async fn merge(
         &self,
         from: usize,
@@ -326,10 +327,9 @@ impl Rest {
                 let entries = segment.entries(*at, BLOCK_ENTRIES).map_err(|error| unreadable(key, error))?;
                 *at += entries.len();
                 let session = segment.session();
-                let entry = |(id, seq, slot): ([u8; 16], u32, u16)| {
-                    let mut prefix = Prefix::default();
-                    prefix.copy_from_slice(&id[..size_of::<Prefix>()]);
-                    Entry { prefix, place: Place { pack: PackId { session, seq }, slot } }
+                let entry = |(id, seq, slot): ([u8; 16], u32, u16)| Entry {
+                    prefix: prefix_of(&id),
+                    place: Place { pack: PackId { session, seq }, slot },
                 };
                 Ok((!entries.is_empty()).then(|| entries.into_iter().map(entry).collect()))
             }
@@ -376,14 +376,16 @@ impl OpenPart {
         self.hasher.update(&bytes);
         self.at = end;
         let entries = parse(head, &bytes).map_err(|error| unreadable(&part_key(&part.info), error))?;
+        if entries.len() != bytes.len() / ENTRY_BYTES {
+            return Err(self.damaged());
+        }
         if end < all {
             return Ok((entries, Some(self)));
         }
         let head_end = part.info.head_at() + u64::from(part.info.head_len);
         let rest = self.bytes(index, part.info.head_at()..head_end + 32).await?;
         let Some((rest, hash)) = rest.split_last_chunk::<32>() else { return Err(self.damaged()) };
-        if self.hasher.update(rest).finalize().as_bytes() != hash || entries.len() != bytes.len() / ENTRY_BYTES {
-            warn!(key = part_key(&part.info), "a part of the index is damaged: `lifeboat rebuild-index` makes it anew");
+        if self.hasher.update(rest).finalize().as_bytes() != hash {
             return Err(self.damaged());
         }
         Ok((entries, None))

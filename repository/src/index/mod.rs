@@ -41,14 +41,14 @@ use crate::error::{Classified, ErrorClass};
 use crate::expire::marks::{MarkKey, exists};
 use crate::id::{ChunkId, Place, SessionId};
 use crate::store::{ByteRange, Reason, Store, StoreError};
-use part::{Head, PartInfo, Prefix};
+use part::{Head, PartInfo, Prefix, prefix_of};
 use spool::Spool;
 
 /// Where segments lie.
 pub(crate) const INDEX_PREFIX: &str = "x0/";
 /// No segment is larger.
 pub(crate) const MAX_SEGMENT_BYTES: u64 = 160 << 20;
-/// A session publishes a segment at the latest after so many chunks: some MB.
+/// A session publishes a segment at the latest after the pack with which it has so many chunks: some MB.
 pub(crate) const SEGMENT_ENTRIES: usize = 1 << 15;
 /// In place of a segment: the session was aborted and publishes no more.
 pub(crate) const SEAL_MAGIC: &[u8; 8] = b"LBSEAL01";
@@ -131,11 +131,11 @@ enum Gone {
 impl Index {
     pub(crate) fn new(store: Arc<dyn Store>, cache: ObjectCache, key: MarkKey) -> Self {
         let spool = Spool::new(cache.directory());
-        Self::with_spool(store, cache, key, spool)
+        Self::with_limits(store, cache, key, spool, BLOCK_CACHE_BYTES)
     }
 
-    fn with_spool(store: Arc<dyn Store>, cache: ObjectCache, key: MarkKey, spool: Spool) -> Self {
-        let blocks = Cache::with_weighter(4096, BLOCK_CACHE_BYTES, ByMemory);
+    fn with_limits(store: Arc<dyn Store>, cache: ObjectCache, key: MarkKey, spool: Spool, block_bytes: u64) -> Self {
+        let blocks = Cache::with_weighter(4096, block_bytes, ByMemory);
         Self { store, cache, key, spool, blocks, state: RwLock::default(), refreshing: tokio::sync::Mutex::default() }
     }
 
@@ -153,7 +153,9 @@ impl Index {
         loop {
             // Segments first: one that is not there any more is in the version that is read after.
             let listed: Vec<_> = self.store.list(INDEX_PREFIX).try_collect().await?;
-            let listed: HashSet<String> = listed.into_iter().map(|object| object.key).collect();
+            // SEALs stay for good, and say nothing about chunks. Every segment is larger.
+            let segments = listed.into_iter().filter(|object| object.size != SEAL_MAGIC.len() as u64);
+            let listed: HashSet<String> = segments.map(|object| object.key).collect();
             let known = self.state().version;
             let newest = version::newest(&*self.store, known).await?;
             if newest != known {
@@ -247,28 +249,32 @@ impl Index {
 
     /// Adds a segment.
     pub(crate) fn add(&self, key: String, segment: Segment) {
-        let segment = match segment.spooled(&self.spool) {
-            Ok(segment) => segment,
-            Err(error) => {
-                warn!(key, %error, "an index segment cannot be kept");
-                return;
-            }
-        };
+        let segment = segment.spooled(&self.spool);
         let mut state = self.state_mut();
         if state.known.insert(key.clone()) {
             state.segments.push((key, Arc::new(segment)));
         }
     }
 
-    /// Where the chunk may lie: newest first.
+    /// The sessions of which a segment is not merged.
+    pub(crate) fn waiting(&self) -> BTreeSet<SessionId> {
+        self.state().segments.iter().map(|(_, segment)| segment.session()).collect()
+    }
+
+    /// Where the chunk may lie: in segments, then in runs, the newest run first.
     pub(crate) async fn find(&self, id: &ChunkId) -> Result<Vec<Place>, StoreError> {
-        match self.look(id, Gone::Error).await {
-            Err(error) if error.is_not_found() => {
-                // Merged meanwhile: a later version has what was there.
-                self.refresh().await?;
-                self.look(id, Gone::PassedOver).await
+        loop {
+            let version = self.state().version;
+            match self.look(id, Gone::Error).await {
+                Err(error) if error.is_not_found() => {
+                    // Merged meanwhile: a later version has what was there.
+                    self.refresh().await?;
+                    if self.state().version == version {
+                        return self.look(id, Gone::PassedOver).await;
+                    }
+                }
+                places => return places,
             }
-            places => places,
         }
     }
 
@@ -281,8 +287,7 @@ impl Index {
             }
             state.runs.clone()
         };
-        let mut prefix = Prefix::default();
-        prefix.copy_from_slice(&id.0[..size_of::<Prefix>()]);
+        let prefix = prefix_of(&id.0);
         for run in runs.iter().rev() {
             let after = run.partition_point(|part| part.info.first <= prefix);
             let Some(part) = after.checked_sub(1).and_then(|at| run.get(at)) else { continue };

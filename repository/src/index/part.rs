@@ -27,6 +27,13 @@ pub(crate) const MAX_PART_BYTES: u64 = 64 << 20;
 /// The beginning of an id.
 pub(crate) type Prefix = [u8; 14];
 
+/// The beginning of an id, of which at least as many bytes are known.
+pub(super) fn prefix_of<const N: usize>(id: &[u8; N]) -> Prefix {
+    let mut prefix = Prefix::default();
+    prefix.copy_from_slice(&id[..size_of::<Prefix>()]);
+    prefix
+}
+
 /// What a run says about one chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
@@ -151,11 +158,7 @@ impl Head {
         fields.take(sessions * 16)?;
         let fences_at = bytes.len() - fields.left();
         fields.take(entries.div_ceil(BLOCK_ENTRIES) * size_of::<Prefix>())?;
-        let filter = match filtered {
-            0 => None,
-            1 => Some(FilterAt::parse(&mut fields, bytes.len())?),
-            _ => return Err(fields.error("unknown flags")),
-        };
+        let filter = FilterAt::parse_if(filtered, &mut fields, bytes.len())?;
         fields.end()?;
         Ok(Self { bytes: keep(), entries, sessions, fences_at, filter })
     }

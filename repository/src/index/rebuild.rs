@@ -43,7 +43,7 @@ pub struct RebuildReport {
     pub left_out: u64,
     /// Packs in use whose directories cannot be read: `check` says why.
     pub unreadable: u64,
-    /// Damaged segments that were removed.
+    /// Damaged segments and parts that were removed.
     pub removed: u64,
 }
 

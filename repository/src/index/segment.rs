@@ -83,19 +83,15 @@ impl Segment {
         }
         fields.take(count * ENTRY_BYTES)?;
         fields.take(count.div_ceil(BLOCK_ENTRIES) * PREFIX_BYTES)?;
-        let filter = match filtered {
-            0 => None,
-            1 => Some(FilterAt::parse(&mut fields, body.len())?),
-            _ => return Err(fields.error("unknown flags")),
-        };
+        let filter = FilterAt::parse_if(filtered, &mut fields, body.len())?;
         fields.end()?;
         let fences_at = HEADER_BYTES + count * ENTRY_BYTES;
         Ok(Self { session, count, fences_at, filter, bytes: Spooled::in_memory(bytes) })
     }
 
     /// Puts the bytes into the spool.
-    pub(super) fn spooled(self, spool: &Spool) -> io::Result<Self> {
-        Ok(Self { bytes: spool.take(self.bytes.to_bytes()?), ..self })
+    pub(super) fn spooled(self, spool: &Spool) -> Self {
+        Self { bytes: spool.keep(self.bytes), ..self }
     }
 
     /// Whose packs it speaks of.

@@ -72,6 +72,20 @@ impl Spool {
         Spooled { at: At::Memory { bytes, counter: Some(Arc::clone(&self.in_memory)) }, len }
     }
 
+    /// Takes bytes that no spool has; others stay where they are.
+    pub(crate) fn keep(&self, bytes: Spooled) -> Spooled {
+        match &bytes.at {
+            At::Memory { bytes, counter: None } => self.take(bytes.clone()),
+            _ => bytes,
+        }
+    }
+
+    /// Bytes that it has in memory.
+    #[cfg(test)]
+    pub(super) fn in_memory(&self) -> u64 {
+        self.in_memory.load(Ordering::Relaxed)
+    }
+
     fn append(&self, bytes: &[u8]) -> io::Result<(Arc<File>, u64)> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let tail = match &mut *file {
@@ -98,18 +112,6 @@ impl Spooled {
     pub(crate) fn in_memory(bytes: Bytes) -> Self {
         let len = bytes.len();
         Self { at: At::Memory { bytes, counter: None }, len }
-    }
-
-    /// All bytes.
-    pub(crate) fn to_bytes(&self) -> io::Result<Bytes> {
-        match &self.at {
-            At::Memory { bytes, .. } => Ok(bytes.clone()),
-            At::File { .. } => {
-                let mut bytes = vec![0; self.len];
-                self.read(0, &mut bytes)?;
-                Ok(bytes.into())
-            }
-        }
     }
 
     /// Reads what begins at this offset.
@@ -161,7 +163,10 @@ mod tests {
         let At::File { file, .. } = &large.at else { panic!("not in the file") };
         assert_eq!(large.array::<3>(59_997).unwrap(), [2; 3]);
         assert!(large.array::<3>(59_998).is_err() && large.array::<1>(usize::MAX).is_err());
-        assert_eq!(large.to_bytes().unwrap(), vec![2; 60_000]);
+        let mut all = vec![0; 60_000];
+        large.read(0, &mut all).unwrap();
+        assert_eq!(all, vec![2; 60_000]);
+        assert!(matches!(spool.keep(Spooled::in_memory(vec![4; 60_000].into())).at, At::File { .. }));
         assert_eq!(std::fs::read_dir(folder.path().join("cache")).unwrap().count(), 0);
         let (file, used) = (Arc::clone(file), file.metadata().unwrap().blocks());
         drop(large);

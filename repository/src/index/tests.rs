@@ -20,7 +20,8 @@ fn id(number: u32) -> ChunkId {
 /// An index that keeps everything in a file.
 fn open(store: &Memory) -> Index {
     let cache = ObjectCache::default();
-    Index::with_spool(Arc::new(store.clone()), cache, MarkKey::new(&[7; 32]), Spool::with_limit(None, 0))
+    let spool = Spool::with_limit(None, 0);
+    Index::with_limits(Arc::new(store.clone()), cache, MarkKey::new(&[7; 32]), spool, BLOCK_CACHE_BYTES)
 }
 
 async fn refreshed(store: &Memory) -> Index {
@@ -56,6 +57,18 @@ async fn publish(store: &Memory, number: u8) {
 
 async fn merge(index: &Index) -> u64 {
     index.merge(2, |_| true, |_| true).await.unwrap()
+}
+
+/// Sessions 1 to 3, merged and cleaned.
+async fn merged() -> (Memory, Index) {
+    let store = Memory::new();
+    for number in 1..4 {
+        publish(&store, number).await;
+    }
+    let index = refreshed(&store).await;
+    merge(&index).await;
+    index.clean().await.unwrap();
+    (store, index)
 }
 
 /// All places of these sessions are found, and nothing else.
@@ -158,13 +171,7 @@ async fn of_those_who_merge_at_once_one_wins_and_nothing_is_lost() {
 
 #[tokio::test]
 async fn a_crash_after_any_change_of_a_merge_loses_nothing_and_the_next_one_ends_it() {
-    let store = Memory::new();
-    for number in 1..4 {
-        publish(&store, number).await;
-    }
-    let index = refreshed(&store).await;
-    merge(&index).await;
-    index.clean().await.unwrap();
+    let (store, index) = merged().await;
     for number in 4..6 {
         publish(&store, number).await;
     }
@@ -198,13 +205,7 @@ async fn a_crash_after_any_change_of_a_merge_loses_nothing_and_the_next_one_ends
 
 #[tokio::test]
 async fn damage_is_not_copied_and_a_version_without_it_is_made() {
-    let store = Memory::new();
-    for number in 1..4 {
-        publish(&store, number).await;
-    }
-    let index = refreshed(&store).await;
-    merge(&index).await;
-    index.clean().await.unwrap();
+    let (store, _) = merged().await;
     for key in store.keys() {
         let whole = store.object(&key).unwrap();
         assert_eq!(crate::objects::verify(&key, &whole), Ok(()), "{key}");
@@ -225,7 +226,8 @@ async fn damage_is_not_copied_and_a_version_without_it_is_made() {
         index.refresh().await.unwrap();
         assert!(matches!(index.merge(1, |_| true, |_| true).await, Err(MergeError::Damaged { .. })));
         assert_eq!(index.add_merged_packs(&mut PackSet::default()).await.unwrap().len(), 1);
-        assert!(index.find(&id(1000)).await.unwrap().len() <= 1);
+        // A damaged entry leaves the others findable; a damaged head answers nothing.
+        assert_eq!(index.find(&id(1000)).await.unwrap().len(), usize::from(at == 40));
     }
     store.overwrite(&part, whole.slice(..100));
     assert_eq!(refreshed(&store).await.find(&id(1000)).await.unwrap(), []);

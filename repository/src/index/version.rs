@@ -50,9 +50,12 @@ pub(super) fn part_key(info: &PartInfo) -> String {
 
 /// The version of a key below one of the prefixes here.
 pub(super) fn version_of(prefix: &str, key: &str) -> Option<u64> {
-    let (number, name) = match key.strip_prefix(prefix)?.split_once('/') {
-        Some((number, name)) => (number, Some(name.parse::<SessionId>().ok()?)),
-        None => (key.strip_prefix(prefix)?, None),
+    let rest = key.strip_prefix(prefix)?;
+    let (number, name) = if prefix == VERSIONS_PREFIX {
+        (rest, None)
+    } else {
+        let (number, name) = rest.split_once('/')?;
+        (number, Some(name.parse::<SessionId>().ok()?))
     };
     let version = number.parse().ok()?;
     let again = name.map_or_else(|| version_key(version), |name| named_key(prefix, version, name.0));
@@ -271,8 +274,16 @@ mod tests {
     fn keys_round_trip() {
         assert_eq!(version_of(VERSIONS_PREFIX, &version_key(7)), Some(7));
         assert_eq!(version_of(PARTS_PREFIX, &named_key(PARTS_PREFIX, 7, [1; 16])), Some(7));
-        for stray in ["xv/7", "x1/0000000007/abc", "xl/0000000007"] {
-            assert_eq!(version_of(PARTS_PREFIX, stray), None);
+        let named = SessionId([1; 16]);
+        for (prefix, stray) in [
+            (VERSIONS_PREFIX, "xv/7".to_owned()),
+            (VERSIONS_PREFIX, format!("xv/0000000007/{named}")),
+            (LISTS_PREFIX, "xl/0000000007".to_owned()),
+            (PARTS_PREFIX, "x1/0000000007".to_owned()),
+            (PARTS_PREFIX, "x1/0000000007/abc".to_owned()),
+            (PARTS_PREFIX, format!("x1/7/{named}")),
+        ] {
+            assert_eq!(version_of(prefix, &stray), None, "{stray}");
         }
     }
 }

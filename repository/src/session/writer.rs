@@ -224,7 +224,7 @@ impl Session {
     }
 
     /// Uploads what is open, waits for all uploads and publishes the index segment.
-    pub(super) async fn flush(&self) -> Result<(), SessionError> {
+    pub(crate) async fn flush(&self) -> Result<(), SessionError> {
         let open: Vec<_> = {
             let mut writing = self.shared.usable()?;
             [writing.open_data.take(), writing.open_metadata.take()].into_iter().flatten().collect()

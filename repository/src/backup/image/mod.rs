@@ -27,15 +27,15 @@ use super::inherit::has_lost;
 use super::pages::PageMap;
 use super::parent::is_lost;
 use super::read::{Context, Hooks, Outcome, store_map};
-use super::store::Pieces;
+use super::store::{Pieces, Storing};
 use super::tree::{StopOnDrop, decide};
 use super::{BackupError, TreeBackup};
 use crate::chunk::KeyedFastCdc;
 use crate::manifest::{Contents, Entry, Kind, Manifest, Meta, Piece, PieceListWriter, Regular};
 use crate::progress::Progress;
 use crate::repository::Repository;
-use crate::session::{Session, SessionError, SessionOptions};
-use crate::sink::{ChunkKind, ChunkRef, ChunkSink, ChunkSource, Put};
+use crate::session::{Session, SessionOptions};
+use crate::sink::{ChunkKind, ChunkRef, ChunkSink, ChunkSource};
 use crate::snapshot::{Content, Snapshot};
 
 pub use extents::{Extents, ExtentsError};
@@ -356,20 +356,6 @@ async fn store(context: &Arc<Context>, image: Image, until_lie: bool) -> Result<
             {
                 pieces.push(oldest.settle().await?).await?;
             }
-        }
-    }
-}
-
-enum Storing {
-    Done(Piece),
-    Put(JoinHandle<Result<Put, SessionError>>),
-}
-
-impl Storing {
-    async fn settle(self) -> Result<Piece, BackupError> {
-        match self {
-            Self::Done(piece) => Ok(piece),
-            Self::Put(put) => Ok(Piece::whole(put.await.map_err(BackupError::Worker)??.chunk)),
         }
     }
 }

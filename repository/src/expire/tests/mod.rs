@@ -23,6 +23,8 @@ use crate::pack::{PACKS_PREFIX, parse_pack_key};
 use crate::refset::Refset;
 use crate::repository::{InitOptions, OpenOptions};
 use crate::session::references::References;
+use crate::session::{Session, SessionOptions};
+use crate::sink::{ChunkKind, ChunkSink};
 use crate::snapshot::{Content, Snapshot};
 use crate::store::Store;
 use crate::store::memory::Memory;
@@ -56,6 +58,15 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 /// Files with these seeds as content, each of several chunks of its own.
 fn files(seeds: &[u64]) -> Files {
     seeds.iter().map(|seed| (format!("dir/{seed}"), noise(*seed, 66_000))).collect()
+}
+
+async fn begin(repository: &Repository) -> Arc<Session> {
+    repository.begin(SessionOptions::default()).await.unwrap()
+}
+
+async fn put(session: &Session, plain: &[u8]) -> (ChunkRef, bool) {
+    let put = session.put(ChunkKind::Data, session.chunk_id(plain), Bytes::copy_from_slice(plain)).await.unwrap();
+    (put.chunk, put.new)
 }
 
 async fn back_up(repository: &Repository, lineage: &str, files: &Files) -> Snapshot {

@@ -2,18 +2,7 @@
 
 use super::*;
 use crate::backup::recovery_point;
-use crate::session::{Session, SessionOptions};
-use crate::sink::{ChunkKind, ChunkSink};
 use crate::snapshot::{Counts, NewSnapshot, WriteStats};
-
-async fn begin(repository: &Repository) -> Arc<Session> {
-    repository.begin(SessionOptions::default()).await.unwrap()
-}
-
-async fn put(session: &Session, plain: &[u8]) -> (ChunkRef, bool) {
-    let put = session.put(ChunkKind::Data, session.chunk_id(plain), Bytes::copy_from_slice(plain)).await.unwrap();
-    (put.chunk, put.new)
-}
 
 /// A snapshot of no files: only its references matter.
 fn bare() -> NewSnapshot {
@@ -367,4 +356,23 @@ async fn an_abort_that_comes_when_the_commit_expired_and_the_index_is_merged_del
     assert!(!store.keys().contains(&format!("x0/{}/00000000", first.session)), "nobody asked what it published");
     let again = back_up(&other, "c", &files(&[1])).await;
     assert!(again.stats.new_bytes < 10_000, "the merged index finds the file: {}", again.stats.new_bytes);
+    // One whose look at the rounds is as old as the ABORT looks again.
+    let mut stale = Run::new(&other, merciless(), Arc::default());
+    let seen = stale.look(0).await;
+    assert!(matches!(seen, Err(ExpireError::Marks { .. })), "the round after its epoch is decided");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_part_of_the_index_that_is_lost_costs_deduplication_and_stops_nobody() {
+    let (store, repository) = made().await;
+    let first = back_up(&repository, "a", &files(&[1, 2])).await;
+    assert!(expire(&repository, impatient()).await.segments_merged > 0);
+    for key in store.keys().iter().filter(|key| key.starts_with(crate::index::PARTS_PREFIX)) {
+        store.delete(key).await.unwrap();
+    }
+    let other = open(store.clone()).await;
+    let second = back_up(&other, "b", &files(&[2, 3])).await;
+    assert!(expire(&other, impatient()).await.waiting_for.is_empty());
+    let expected = Expected::from([(first.id, files(&[1, 2])), (second.id, files(&[2, 3]))]);
+    assert_restores(&open(store.clone()).await, &expected).await;
 }

@@ -175,3 +175,34 @@ async fn a_commit_repeated_long_after_it_expired_brings_nothing_back_to_life() {
     assert_restores(&repository, &Expected::from([(kept.id, files(&[1]))])).await;
     assert_exact(&store, &repository).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_a_session_publishes_while_the_index_is_merged_stays_until_it_is_decided() {
+    // Nobody is taken for dead, and nobody is waited for.
+    let patient = ExpireOptions { silence: Duration::from_hours(1), patience: Duration::ZERO, ..impatient() };
+    for stops_at in 0.. {
+        let (store, _) = ready().await;
+        let gate = Gate::new(store.clone(), stops_at);
+        let deleter = open(gate.clone()).await;
+        let merging = tokio::spawn(async move { deleter.expire(patient, Arc::default()).await });
+        let stopped = tokio::select! {
+            () = gate.reached.notified() => true,
+            () = async { while !merging.is_finished() { tokio::time::sleep(Duration::from_millis(1)).await } } => false,
+        };
+        let writer_of = open(store.clone()).await;
+        let writer = begin(&writer_of).await;
+        put(&writer, &noise(900, 5000)).await;
+        writer.flush().await.unwrap();
+        gate.open.notify_one();
+        merging.await.unwrap().unwrap();
+        assert!(
+            store.keys().contains(&crate::index::segment_key(writer.id(), 0)),
+            "stopped at {stops_at}: expiry would take its packs for unpublished"
+        );
+        writer.abort("enough").await.unwrap();
+        if !stopped {
+            assert!(stops_at > 20, "{stops_at}");
+            break;
+        }
+    }
+}
