@@ -66,6 +66,10 @@ pub fn chance(seed: u64) -> u64 {
 }
 
 /// A number from the environment.
+///
+/// # Panics
+/// When the variable is set to something else: a run would otherwise be shorter than was asked for.
 pub fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    let parse = |text: String| text.parse().unwrap_or_else(|_| panic!("{variable} must be a number, not `{text}`"));
+    std::env::var(variable).map_or(default, parse)
 }

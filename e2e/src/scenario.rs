@@ -8,6 +8,10 @@ use std::{
     future::Future,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -42,6 +46,8 @@ pub struct Scenario {
     pub client: Client,
     /// The scenario's namespace; its `ClusterRepository` and bucket have the same name.
     pub namespace: String,
+    /// Whether this scenario has killed the API server.
+    api_server_was_down: Arc<AtomicBool>,
 }
 
 /// Runs `body` in a namespace made from `name`, with a repository of its own that is ready, and cleans up if it passes.
@@ -57,7 +63,9 @@ where
     runtime.block_on(async {
         let scenario = Scenario::begin(name).await.expect("set the scenario up");
         let began = Instant::now();
-        match body(scenario.clone()).await.and_then(|()| no_program_panicked(began.elapsed())) {
+        let ended = body(scenario.clone()).await;
+        let was_down = scenario.api_server_was_down.load(Ordering::Relaxed);
+        match ended.and_then(|()| no_program_panicked(began.elapsed(), was_down)) {
             Ok(()) => scenario.end().expect("clean the scenario up"),
             Err(error) => {
                 scenario.explain();
@@ -74,7 +82,7 @@ impl Scenario {
         let client =
             Client::try_default().await.context("KUBECONFIG must name the test cluster; run through `make e2e`")?;
         let namespace = format!("e2e-{name}");
-        let scenario = Self { client, namespace };
+        let scenario = Self { client, namespace, api_server_was_down: Arc::default() };
         scenario.remove_leftovers()?;
         let object = Namespace {
             metadata: kube::core::ObjectMeta { name: Some(scenario.namespace.clone()), ..Default::default() },
@@ -387,6 +395,18 @@ spec:
         Ok(names)
     }
 
+    /// Kills the API server: nobody can be told anything until the answer is dropped.
+    pub fn kill_api_server(&self) -> Result<ApiServerDead> {
+        self.api_server_was_down.store(true, Ordering::Relaxed);
+        launcher(&["kill", "apiserver"])?;
+        Ok(ApiServerDead)
+    }
+
+    /// Waits until the API server answers.
+    pub async fn api_server_answers(&self) -> Result<()> {
+        self.eventually("the API server", async || Ok(self.client.apiserver_version().await.is_ok())).await
+    }
+
     /// Deletes an object and waits until it is gone.
     pub async fn delete<K>(&self, api: &Api<K>, name: &str) -> Result<()>
     where
@@ -416,8 +436,9 @@ spec:
     }
 }
 
-/// Fails when a log of the last `span` has a panic or an error of a kind that our programs never write knowingly.
-fn no_program_panicked(span: Duration) -> Result<()> {
+/// Fails when a log of the last `span` has a panic or an error of a kind that our programs never write knowingly. The client
+/// library says one of every call while the API server is down.
+fn no_program_panicked(span: Duration, api_server_was_down: bool) -> Result<()> {
     // What the scenario killed is back first: a container that only starts has no log.
     for workload in ["deployment/lifeboat-controller", "daemonset/lifeboat-agent"] {
         run("kubectl", &["-n", INSTALLED_IN, "rollout", "status", workload, "--timeout=120s"], "")?;
@@ -426,9 +447,8 @@ fn no_program_panicked(span: Duration) -> Result<()> {
     let selector = "app.kubernetes.io/name=lifeboat";
     let all = ["-n", INSTALLED_IN, "logs", "-l", selector, &since, "--tail=-1", "--prefix", "--max-log-requests=20"];
     let logs = run("kubectl", &all, "")?;
-    // The client says so of every call while an API server is down, which scenarios do on purpose.
-    let is_ours = |line: &&str| !line.contains("\"target\":\"kube_client::");
-    let is_error = |line: &&str| line.contains("\"level\":\"ERROR\"") && is_ours(line);
+    let is_expected = |line: &str| api_server_was_down && line.contains("\"target\":\"kube_client::");
+    let is_error = |line: &str| line.contains("\"level\":\"ERROR\"") && !is_expected(line);
     let bad: Vec<_> = logs.lines().filter(|line| line.contains("panicked at") || is_error(line)).collect();
     ensure!(bad.is_empty(), "our programs said:\n{}", bad.join("\n"));
     Ok(())
@@ -480,6 +500,18 @@ impl Drop for StoreHeld {
     fn drop(&mut self) {
         if let Err(error) = launcher(&["resume", "s3"]) {
             println!("the object store is still held: {error:#}");
+        }
+    }
+}
+
+/// The API server is dead; started again when this is dropped.
+#[must_use]
+pub struct ApiServerDead;
+
+impl Drop for ApiServerDead {
+    fn drop(&mut self) {
+        if let Err(error) = launcher(&["start", "apiserver"]) {
+            println!("the API server is still dead: {error:#}");
         }
     }
 }

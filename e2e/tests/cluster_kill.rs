@@ -19,6 +19,9 @@ use serde_json::{Value, json};
 /// The application may be frozen for this long, whatever dies.
 const MAX_FREEZE: Duration = Duration::from_secs(15);
 
+/// What does not come back by itself is brought back after this time.
+const DEAD: Duration = Duration::from_secs(3);
+
 /// The steps that follow a failure or a deletion, and those of a restore: a backup that goes well has none of them.
 const NOT_IN_A_GOOD_BACKUP: [&str; 5] = ["Erase", "Fail", "NoteFreezeFailure", "Renew", "Write"];
 
@@ -61,19 +64,20 @@ const VICTIMS: [Victim; 4] = [Victim::Controller, Victim::Agents, Victim::ApiSer
 impl Victim {
     /// Kills it, and brings back what does not come back by itself.
     async fn die(self, s: &Scenario) -> Result<()> {
-        let for_a_while = async |component: &str| {
-            launcher(&["kill", component])?;
-            tokio::time::sleep(Duration::from_secs(3)).await;
-            launcher(&["start", component]).map(|_| ())
-        };
         match self {
             Self::Controller => kill(CONTROLLER),
             Self::Agents => kill("/lifeboat-agent run"),
             Self::ApiServer => {
-                for_a_while("apiserver").await?;
-                s.eventually("the API server", async || Ok(s.client.apiserver_version().await.is_ok())).await
+                let dead = s.kill_api_server()?;
+                tokio::time::sleep(DEAD).await;
+                drop(dead);
+                s.api_server_answers().await
             }
-            Self::Store => for_a_while("s3").await,
+            Self::Store => {
+                launcher(&["kill", "s3"])?;
+                tokio::time::sleep(DEAD).await;
+                launcher(&["start", "s3"]).map(|_| ())
+            }
         }
     }
 }
@@ -111,12 +115,15 @@ impl Log {
         Ok(Self { kubectl, lines })
     }
 
-    /// The next step of the scenario's namespace that the log tells of. `None`: no more came in time.
-    fn next_step(&self, s: &Scenario, within: Duration) -> Option<String> {
+    /// The next step of this backup that the log tells of. `None`: no more came in time. An agent's line does not name the
+    /// backup; tasks of those before are gone.
+    fn next_step(&self, s: &Scenario, backup: &str, within: Duration) -> Option<String> {
         let end = Instant::now() + within;
         while let Ok(line) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
             let Ok(line) = serde_json::from_str::<Value>(&line) else { continue };
-            let is_ours = line["span"]["namespace"] == s.namespace.as_str();
+            let span = &line["span"];
+            let is_ours =
+                span["namespace"] == s.namespace.as_str() && span["backup"].as_str().is_none_or(|name| name == backup);
             if let (true, Some(step)) = (is_ours, line["step"].as_str()) {
                 return Some(step.to_owned());
             }
@@ -124,9 +131,9 @@ impl Log {
         None
     }
 
-    fn reaches(&self, s: &Scenario, step: &str) -> Result<()> {
+    fn reaches(&self, s: &Scenario, backup: &str, step: &str) -> Result<()> {
         let end = Instant::now() + PATIENCE;
-        while let Some(found) = self.next_step(s, end.saturating_duration_since(Instant::now())) {
+        while let Some(found) = self.next_step(s, backup, end.saturating_duration_since(Instant::now())) {
             if found == step {
                 return Ok(());
             }
@@ -217,7 +224,7 @@ async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim
     // The stream begins before what it is to show.
     tokio::time::sleep(Duration::from_millis(700)).await;
     begin_round(s, name).await?;
-    log.reaches(s, step)?;
+    log.reaches(s, name, step)?;
     drop(log);
     victim.die(s).await?;
     if matches!(victim, Victim::Controller | Victim::Agents) {
@@ -241,8 +248,26 @@ async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim
     Ok(if ended.status == "True" { "Succeeded".to_owned() } else { ended.reason.clone() })
 }
 
+/// Whose step, which step, and who dies when it begins.
+type Round = (Program, String, Victim);
+
+/// So many of the rounds: each victim as often as the others, and no step again before all had their turn.
+fn choose(mut all: Vec<Round>, wanted: usize) -> Vec<Round> {
+    let mut chosen: Vec<Round> = Vec::new();
+    while chosen.len() < wanted {
+        let victim = VICTIMS[chosen.len() % VICTIMS.len()];
+        let times = |at: &usize| {
+            let (program, step, _) = &all[*at];
+            chosen.iter().filter(|(of, same, _)| (of, same) == (program, step)).count()
+        };
+        let Some(next) = (0..all.len()).filter(|at| all[*at].2 == victim).min_by_key(times) else { break };
+        chosen.push(all.remove(next));
+    }
+    chosen
+}
+
 /// All rounds: every step of both programs with every victim. Fails when a step that is exported is never taken.
-async fn rounds(s: &Scenario) -> Result<Vec<(Program, String, Victim)>> {
+async fn rounds(s: &Scenario) -> Result<Vec<Round>> {
     let programs = [Program::Controller, Program::Agent];
     let logs = [Log::follow(programs[0])?, Log::follow(programs[1])?];
     tokio::time::sleep(Duration::from_millis(700)).await;
@@ -251,7 +276,8 @@ async fn rounds(s: &Scenario) -> Result<Vec<(Program, String, Victim)>> {
     nothing_is_left(s).await?;
     let mut rounds = Vec::new();
     for (program, log) in programs.into_iter().zip(&logs) {
-        let taken: BTreeSet<_> = std::iter::from_fn(|| log.next_step(s, Duration::from_secs(2))).collect();
+        let taken: BTreeSet<_> =
+            std::iter::from_fn(|| log.next_step(s, "undisturbed", Duration::from_secs(2))).collect();
         let steps = program.steps(s)?;
         for step in steps {
             let is_good = !NOT_IN_A_GOOD_BACKUP.contains(&step.as_str());
@@ -273,20 +299,14 @@ fn whatever_dies_at_whatever_step_a_backup_ends_clearly_and_harms_nothing() {
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=20 2>/dev/null; cp /data/big /live/big; sync")?;
         s.shell("app", BEAT)?;
         let mut all = rounds(&s).await?;
-        // As many of each victim, in an order that the seed gives.
+        let total = all.len();
         let mut order = 0;
         all.sort_by_cached_key(|_| {
             order += 1;
             chance(seed + order)
         });
-        let total = all.len();
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(total);
-        let mut chosen: Vec<_> = Vec::new();
-        while chosen.len() < wanted {
-            let victim = VICTIMS[chosen.len() % VICTIMS.len()];
-            let next = all.iter().position(|(_, _, of)| *of == victim).context("a round")?;
-            chosen.push(all.remove(next));
-        }
+        let chosen = choose(all, wanted);
         let mut last = "undisturbed".to_owned();
         for (number, (program, step, victim)) in chosen.iter().enumerate() {
             let name = format!("b{number}");

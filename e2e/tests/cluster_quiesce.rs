@@ -10,7 +10,7 @@ use lifeboat_crds::backup::{Consistency, Through};
 use lifeboat_crds::quiesce_lease::Watchdog;
 use lifeboat_crds::{Backup, QuiesceLease};
 use lifeboat_e2e::faults::{BEAT, CONTROLLER, chance, fresh_lifeboat, kill, longest_gap, number};
-use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, scenario, sleeper_manifest};
+use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, scenario, sleeper_manifest};
 use serde_json::{Value, json};
 
 fn plan_with(s: &Scenario, quiesce: &Value) -> Value {
@@ -210,11 +210,12 @@ fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
             let held = frozen(&s, &name, 2).await?;
             tokio::time::sleep(Duration::from_millis(chance(seed + round) % 1500)).await;
             // The API server first: nobody can be told anything any more.
-            launcher(&["kill", "apiserver"])?;
+            let dead = s.kill_api_server()?;
             kill(CONTROLLER)?;
             kill(if round % 2 == 0 { BOTH } else { FIRST })?;
             tokio::time::sleep(Duration::from_millis(4500)).await;
-            launcher(&["start", "apiserver"])?;
+            drop(dead);
+            s.api_server_answers().await?;
             let gap = longest_gap(&s)?;
             drop(held);
             ensure!((1..=4000).contains(&gap), "round {round}: frozen for {gap} ms, allowed are 4000");

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use kube::{Api, ResourceExt};
+use lifeboat_crds::conditions::{ConditionType, is_true};
 use lifeboat_crds::{Backup, BackupPolicy, ClusterRepository};
 use lifeboat_e2e::scenario::{Scenario, launcher, run, scenario};
 use serde_json::json;
@@ -99,8 +100,9 @@ fn the_deletion_policy_of_a_backup_decides_about_its_data() {
         s.start_restore("gone", source(&points[0])).await?;
         s.restore_failed("gone", "RecoveryPointNotFound").await?;
         s.start_restore("there", source(&points[1])).await?;
-        let restore = s.restore_finished("there").await?;
-        ensure!(restore.status.context("status")?.objects.is_some(), "the retained one was not restored");
+        let status = s.restore_finished("there").await?.status.context("status")?;
+        ensure!(is_true(&status.conditions, ConditionType::Succeeded), "{:?}", status.conditions);
+        ensure!(status.objects.is_some(), "the retained one was not restored");
         Ok(())
     });
 }
