@@ -4,8 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, bail, ensure};
-use lifeboat_crds::backup::Consistency;
+use anyhow::{Context, Result, bail, ensure};
+use lifeboat_crds::backup::{BackupStatus, Consistency};
+use lifeboat_e2e::faults::number;
 use lifeboat_e2e::scenario::{Scenario, scenario};
 use serde_json::{Value, json};
 
@@ -84,7 +85,23 @@ fn pause_after(times: &BTreeMap<u64, u64>, number: u64) -> u64 {
     next.map_or(0, |(next, this)| (next - this) * 10)
 }
 
+/// How long the application was at rest by the guardians' clocks, and how much of it the cut took, in milliseconds.
+fn freeze(status: &BackupStatus) -> Result<(u64, u64)> {
+    let workloads = status.quiesce.iter().flat_map(|quiesce| &quiesce.workloads);
+    let frozen = workloads.filter_map(|workload| workload.freeze_millis).max().context("freezeMillis")?;
+    Ok((frozen, status.cut_millis.context("cutMillis")?))
+}
+
+/// Median, 99th percentile and maximum, by the nearest rank.
+fn spread(mut values: Vec<u64>) -> String {
+    values.sort_unstable();
+    let rank = |percent: usize| values[(values.len() * percent).div_ceil(100).max(1) - 1];
+    format!("p50 {}, p99 {}, longest {}", rank(50), rank(99), rank(100))
+}
+
+/// With `LIFEBOAT_FREEZE_ROUNDS` so many backups are made, and the last is restored; default 1.
 fn protects(database: &Database) {
+    let rounds = number("LIFEBOAT_FREEZE_ROUNDS", 1);
     scenario(&format!("database-{}", database.name), async |s: Scenario| {
         s.apply(&manifest(database))?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
@@ -98,9 +115,15 @@ fn protects(database: &Database) {
         let mut plan = s.plan();
         plan["quiesce"] = json!({"maxFreeze": "60s", "steps": [
             {"selector": selector, "template": database.template}, {"selector": selector, "fsfreeze": {}}]});
-        s.start_backup("b", json!({"plan": plan})).await?;
-        let status = s.backup_succeeded("b").await?.status.context("status")?;
-        ensure!(status.consistency == Some(Consistency::Application), "{:?}", status.conditions);
+        let mut freezes = Vec::new();
+        let mut status = BackupStatus::default();
+        for round in 0..rounds {
+            let name = format!("b{round}");
+            s.start_backup(&name, json!({"plan": plan})).await?;
+            status = s.backup_succeeded(&name).await?.status.context("status")?;
+            ensure!(status.consistency == Some(Consistency::Application), "{:?}", status.conditions);
+            freezes.push(freeze(&status)?);
+        }
         let so_far = times(&s.shell("db", "cat /tmp/acknowledged")?).len();
         let mut acknowledged = BTreeMap::new();
         s.eventually("transactions after the cut", async || {
@@ -119,13 +142,14 @@ fn protects(database: &Database) {
         // Every pause in which a snapshot was cut lasted at least as long as cutting it. The transaction that was under way then
         // may have been acknowledged after it.
         let pause = pause_after(&acknowledged, last).max(pause_after(&acknowledged, last - 1));
-        let cut = status.cut_millis.context("cutMillis")?;
-        let frozen: Vec<_> =
-            status.quiesce.iter().flat_map(|quiesce| &quiesce.workloads).map(|w| w.freeze_millis).collect();
+        let (_, cut) = freeze(&status)?;
         println!(
-            "{}: restored up to {last} of {}; at rest there {pause} ms by its own clock, {frozen:?} by the guardian's, of which the cut took {cut}",
+            "{}: restored up to {last} of {}; at rest there {pause} ms by its own clock; of {rounds} backups, in ms: at rest {}, of which the cut {}, the rest {}",
             database.name,
-            acknowledged.len()
+            acknowledged.len(),
+            spread(freezes.iter().map(|(frozen, _)| *frozen).collect()),
+            spread(freezes.iter().map(|(_, cut)| *cut).collect()),
+            spread(freezes.iter().map(|(frozen, cut)| frozen.saturating_sub(*cut)).collect()),
         );
         // The clock has steps of 10 ms.
         ensure!(
@@ -139,6 +163,7 @@ fn protects(database: &Database) {
 const POSTGRES: &str = "docker.io/lifeboat-e2e/postgres:15";
 const MARIADB: &str = "docker.io/lifeboat-e2e/mariadb:10.11";
 const REDIS: &str = "docker.io/lifeboat-e2e/redis:7";
+const ETCD: &str = "docker.io/lifeboat-e2e/etcd:3.4";
 
 fn postgresql(name: &'static str, template: &str) -> Database {
     Database {
@@ -202,5 +227,19 @@ fn sqlite_locked_by_a_session_is_restored_to_the_cut() {
         write: "sqlite3 -cmd '.timeout 60000' /data/app.db \"insert into t values ($n)\"",
         ask: "sqlite3 -separator ' ' /data/app.db 'select max(n), count(*) from t'",
         template: json!({"name": "sqlite", "parameters": {"file": "/data/app.db"}}),
+    });
+}
+
+#[test]
+fn etcd_with_a_quorum_is_restored_to_the_cut() {
+    protects(&Database {
+        name: "etcd",
+        image: ETCD,
+        start: "exec etcd --data-dir /data/db --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379",
+        is_ready: "etcdctl endpoint health",
+        prepare: "true",
+        write: "etcdctl put t/$n x",
+        ask: "etcdctl get --prefix t/ --keys-only | sed -n 's,^t/,,p' | sort -n | awk '{ n = $1 } END { print n, NR }'",
+        template: json!({"name": "etcd"}),
     });
 }

@@ -67,6 +67,7 @@ make_database_images() {
     "postgresql-15 postgresql-client-15 postgresql-common postgresql-client-common busybox-static bash procps" "+PATH=/usr/lib/postgresql/15/bin:$path"
   make_debian_image mariadb docker.io/lifeboat-e2e/mariadb:10.11 mysql "mariadb-server-core mariadb-client-core busybox-static" "+PATH=$path"
   make_debian_image redis docker.io/lifeboat-e2e/redis:7 redis "redis-server redis-tools sqlite3 busybox-static" "+PATH=$path"
+  make_debian_image etcd docker.io/lifeboat-e2e/etcd:3.4 etcd "etcd-server etcd-client busybox-static" "+PATH=$path"
 }
 
 make_lifeboat_image() {
@@ -114,7 +115,7 @@ import_into() {
 
 import_images() {
   local node jobs=() job name names=()
-  for name in pause coredns busybox postgres mariadb redis versitygw lifeboat; do
+  for name in pause coredns busybox postgres mariadb redis etcd versitygw lifeboat; do
     if [ -e "$IMAGES/$name.tar" ]; then names+=("$name"); else say "the image $name is not made yet and is left out; \`images\` makes it"; fi
   done
   for node in $NODES; do import_into "$node" "${names[@]}" & jobs+=($!); done
