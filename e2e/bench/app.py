@@ -5,7 +5,7 @@ The cluster is set up by `app`; here it is only used. It is measured from outsid
 bucket show, and what the kernel says of the programs' processes. A wait is on a condition, never on time alone.
 
 Environment: SCALE (default 1, the sizes of the published table), OUT (the page to write), METHOD (how volumes are read; default:
-the best that this version has), NOTE (a sentence about the machine).
+what a policy that does not say it gets), NOTE (a sentence about the machine).
 """
 
 import base64
@@ -25,10 +25,13 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 LAUNCHER = str(HERE.parent / "cluster/cluster")
-NAMESPACE, OBJECTS_NAMESPACE = "bench-app", "bench-objects"
+NAMESPACE, OBJECTS_NAMESPACE, VOLUMES_NAMESPACE = "bench-app", "bench-objects", "bench-volumes"
 PATIENCE = 900  # seconds
 SCALE = float(os.environ.get("SCALE", "1"))
 ROWS, FILES, BLOB_MIB, OBJECTS = (max(1, round(full * SCALE)) for full in (6_500_000, 50_000, 1024, 6_000))
+VOLUMES = (1, 10, 100) if SCALE >= 1 else (1, 10)
+VOLUMES_OF_A_POD = 10
+METHOD = os.environ.get("METHOD")
 PROGRAMS = {"lifeboat-contro": "controller", "lifeboat-agent": "agents"}  # the kernel keeps 15 letters of a name
 
 
@@ -130,10 +133,12 @@ def create(kind, name, spec, namespace=NAMESPACE):
 
 
 def back_up(name, namespace=NAMESPACE, quiesce=False):
-    plan = {"tiers": [{"repository": {"ref": {"name": NAMESPACE}}}], "volumes": [{"match": {}, "method": METHOD}]}
+    plan = {"tiers": [{"repository": {"ref": {"name": NAMESPACE}}}]}
+    if METHOD:
+        plan["volumes"] = [{"match": {}, "method": METHOD}]
     if quiesce:
-        commands = {"freeze": ["/bin/sh", "/scripts/freeze.sh"], "thaw": ["/bin/sh", "/scripts/thaw.sh"]}
-        plan["quiesce"] = {"maxFreeze": "50s", "steps": [{"selector": {"matchLabels": {"app": "postgres"}}, "exec": commands}]}
+        postgres = {"matchLabels": {"app": "postgres"}}
+        plan["quiesce"] = {"maxFreeze": "50s", "steps": [{"selector": postgres, "template": {"name": "postgresql-checkpoint"}}, {"selector": postgres, "fsfreeze": {}}]}
     create("Backup", name, {"plan": plan}, namespace)
     return wait_succeeded("backup", name, namespace)
 
@@ -154,13 +159,6 @@ def lose(namespace):
 
 def wait_ready(name):
     kubectl("rollout", "status", f"statefulset/{name}", f"--timeout={PATIENCE}s")
-
-
-def best_method():
-    schema = json.loads(run("kubectl", "get", "crd", "backuppolicies.lifeboat.dev", "-o", "json"))
-    methods = schema["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]["method"]
-    known = json.dumps(methods)
-    return next(method for method in ("Snapshot", "Live") if f'"{method}"' in known)
 
 
 def secret(name, data):
@@ -264,6 +262,28 @@ def small_objects():
         list(pool.map(lambda part: server.create(path, objects[part::workers]), range(workers)))
 
 
+def many_volumes(count):
+    """Pods with `count` volumes in all, 1 MiB that cannot be compressed on each."""
+    kubectl("create", "namespace", VOLUMES_NAMESPACE)
+    items = []
+    for first in range(0, count, VOLUMES_OF_A_POD):
+        names = [f"v{number}" for number in range(first, min(count, first + VOLUMES_OF_A_POD))]
+        items += [
+            {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "32Mi"}}}}
+            for name in names
+        ]
+        fill = "for v in /volumes/*; do dd if=/dev/urandom of=$v/data bs=1M count=1 2>/dev/null; done; sync; touch /tmp/filled; sleep 1000000"
+        container = {
+            "name": "main", "image": "docker.io/lifeboat-e2e/busybox:1", "imagePullPolicy": "IfNotPresent", "command": ["sh", "-c", fill],
+            "readinessProbe": {"exec": {"command": ["test", "-e", "/tmp/filled"]}, "periodSeconds": 1},
+            "volumeMounts": [{"name": name, "mountPath": f"/volumes/{name}"} for name in names],
+        }
+        volumes = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in names]
+        items.append({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"p{first}"}, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container], "volumes": volumes}})
+    kubectl("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}), namespace=VOLUMES_NAMESPACE)
+    kubectl("wait", "--for=condition=Ready", "pods", "--all", f"--timeout={PATIENCE}s", namespace=VOLUMES_NAMESPACE)
+
+
 # --- the table
 
 
@@ -322,6 +342,14 @@ def measure():
         raise SystemExit(f"not all objects came back: {restored['status']['objects']}")
     note(f"{OBJECTS:,} small objects: back up; restore", f"{backup.wall:.1f} s; {back.wall:.1f} s", "4.4 s; 125 s", "–")
     remember(f"{OBJECTS:,} objects", back)
+    for count in VOLUMES:
+        many_volumes(count)
+        with Measured() as m:
+            taken = back_up("many", VOLUMES_NAMESPACE)
+        cut = taken["status"].get("cutMillis")
+        note(f"{count} volumes of 1 MiB: asked for to committed; of it the cut", f"{figure(m)}; {cut} ms", "–", "–")
+        remember(f"{count} volumes", m)
+        kubectl("delete", "namespace", VOLUMES_NAMESPACE, "--timeout=600s")
     return rows, idle, memory
 
 
@@ -330,7 +358,7 @@ def page(rows, idle, memory):
     lines = [
         "# A whole application, beside Velero",
         "",
-        f"Written by `make bench-app` on {time.strftime('%Y-%m-%d')} at {version}; volumes were read by the method `{METHOD}`. "
+        f"Written by `make bench-app` on {time.strftime('%Y-%m-%d')} at {version}; volumes were read by {f'the method `{METHOD}`' if METHOD else 'the default method'}. "
         f"Three-node cluster of `e2e/cluster` with {os.cpu_count()} cores that everything shares, an S3 server outside of the nodes. A namespace with PostgreSQL "
         f"({ROWS:,} rows), {FILES:,} random files of 1–8 KiB and a random file of {BLOB_MIB:,} MiB, each on a volume of its own. " + os.environ.get("NOTE", ""),
         "",
@@ -348,13 +376,11 @@ def page(rows, idle, memory):
 
 
 def main():
-    global METHOD
-    METHOD = os.environ.get("METHOD") or best_method()
-    for namespace in (NAMESPACE, OBJECTS_NAMESPACE):
+    for namespace in (NAMESPACE, OBJECTS_NAMESPACE, VOLUMES_NAMESPACE):
         kubectl("delete", "namespace", namespace, "--ignore-not-found", "--timeout=300s")
     repository()
     kubectl("create", "namespace", NAMESPACE)
-    say(f"{ROWS:,} rows, {FILES:,} files, {BLOB_MIB:,} MiB, {OBJECTS:,} objects; volumes are read by {METHOD}")
+    say(f"{ROWS:,} rows, {FILES:,} files, {BLOB_MIB:,} MiB, {OBJECTS:,} objects; method: {METHOD or 'default'}")
     application()
     say("the application is filled")
     rows, idle, memory = measure()

@@ -75,8 +75,13 @@ class Bench:
             print(f"{name:7} {step:12} {tool.name:9} {cpu:7.2f} CPU s {wall:7.2f} s {rss:6.0f} MiB "
                   f"{self.rows[-1].stored:+9.1f} MiB stored", flush=True)
 
-    def data_set(self, tool: tools.Tool, name: str, source: Path) -> None:
+    def begin(self, tool: tools.Tool, name: str, source: Path) -> None:
         self.measure(tool, name, "", "init", source)
+        if tool.prepare:
+            self.measure(tool, name, "", "prepare", source)
+
+    def data_set(self, tool: tools.Tool, name: str, source: Path) -> None:
+        self.begin(tool, name, source)
         self.measure(tool, name, "first", "backup", source, src=source, number=0)
         self.measure(tool, name, "unchanged", "backup", source, src=source, number=1)
         self.restore(tool, name, source, 1)
@@ -94,7 +99,7 @@ class Bench:
         own = self.work / "changing"
         shutil.copytree(source, own)
         for tool in found:
-            self.measure(tool, "pages", "", "init", own)
+            self.begin(tool, "pages", own)
             self.measure(tool, "pages", "first", "backup", own, src=own, number=0)
         changed = 0
         for number in range(1, ROUNDS + 1):

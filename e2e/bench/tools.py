@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSWORD = "benchmark"
-RESTIC, BORG = "v0.19.1", "1.4.5"
+RESTIC, BORG, KOPIA, RUSTIC = "v0.19.1", "1.4.5", "v0.23.1", "0.11.4"
 
 
 @dataclass
 class Tool:
     """One program. `{repo}`, `{src}`, `{out}` stand for folders, `{number}` for the backup's; `src` and `out` are where
-    the backup and the restore are started."""
+    the backup and the restore are started. `prepare` is run once after `init` where that does not say all."""
 
     name: str
     program: Path
@@ -22,6 +22,7 @@ class Tool:
     backup: list[str]
     restore: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    prepare: list[str] = field(default_factory=list)
 
     def version(self) -> str:
         done = subprocess.run([self.program, "--version" if self.name != "restic" else "version"],
@@ -55,6 +56,21 @@ def borg(program: Path) -> Tool:
                 {"BORG_REPO": "{repo}", "BORG_PASSPHRASE": PASSWORD, "BORG_BASE_DIR": "{repo}.cache"})
 
 
+def kopia(program: Path) -> Tool:
+    return Tool("kopia", program, "zstd, no upload limits, --parallel 2", ["repository", "create", "filesystem", "--path", "{repo}"],
+                ["snapshot", "create", "--no-progress", "--parallel", "2", "{src}"],
+                ["snapshot", "restore", "--no-progress", "--snapshot-time", "latest", "{src}", "{out}"],
+                {"KOPIA_PASSWORD": PASSWORD, "KOPIA_CONFIG_PATH": "{repo}.config/repository.config", "KOPIA_CACHE_DIRECTORY": "{repo}.cache",
+                 "KOPIA_CHECK_FOR_UPDATES": "false", "KOPIA_LOG_DIR": "{repo}.logs"},
+                ["policy", "set", "--global", "--compression", "zstd"])
+
+
+def rustic(program: Path) -> Tool:
+    return Tool("rustic", program, "zstd by default", ["--no-progress", "init"], ["--no-progress", "backup", "{src}"],
+                ["--no-progress", "restore", "latest:{src}", "{out}"],
+                {"RUSTIC_REPOSITORY": "{repo}", "RUSTIC_PASSWORD": PASSWORD, "RUSTIC_CACHE_DIR": "{repo}.cache"})
+
+
 def installed(cache: Path, name: str, steps: list[list]) -> tuple[Path | None, str]:
     """The program in the cache, else installed there by `steps`, else on PATH; or the reason why there is none."""
     program = cache / name / "bin" / name
@@ -78,8 +94,10 @@ def peers(cache: Path) -> tuple[list[Tool], dict[str, str]]:
     wanted = {
         "restic": (restic, [["go", "install", f"github.com/restic/restic/cmd/restic@{RESTIC}"]]),
         "borg": (borg, [["python3", "-m", "venv", venv], [venv / "bin" / "pip", "install", "--quiet", f"borgbackup=={BORG}"]]),
+        "kopia": (kopia, [["go", "install", f"github.com/kopia/kopia@{KOPIA}"]]),
+        "rustic": (rustic, [["cargo", "install", "--quiet", "--locked", "--root", cache / "rustic", f"rustic-rs@{RUSTIC}"]]),
     }
-    found, absent = [], {"kopia": "not measured by this program yet", "rustic": "not measured by this program yet"}
+    found, absent = [], {}
     for name, (make, steps) in wanted.items():
         program, failed = installed(cache, name, steps)
         if program is None:
