@@ -9,6 +9,16 @@ from pathlib import Path
 PASSWORD = "benchmark"
 RESTIC, BORG, KOPIA, RUSTIC = "v0.19.1", "1.4.5", "v0.23.1", "0.11.4"
 
+# FOLDER MODULE VERSION. Unlike `go install` it needs no list of all versions, which not every module proxy has.
+GO_BUILD = """set -e
+mkdir -p "$1/module"
+cd "$1/module"
+rm -f go.mod go.sum
+go mod init bench
+go mod edit -require="$2@$3"
+GOFLAGS=-mod=mod go build -o "$1/bin/${2##*/}" "$2"
+"""
+
 
 @dataclass
 class Tool:
@@ -94,7 +104,7 @@ def peers(cache: Path) -> tuple[list[Tool], dict[str, str]]:
     wanted = {
         "restic": (restic, [["go", "install", f"github.com/restic/restic/cmd/restic@{RESTIC}"]]),
         "borg": (borg, [["python3", "-m", "venv", venv], [venv / "bin" / "pip", "install", "--quiet", f"borgbackup=={BORG}"]]),
-        "kopia": (kopia, [["go", "install", f"github.com/kopia/kopia@{KOPIA}"]]),
+        "kopia": (kopia, [["sh", "-c", GO_BUILD, "sh", cache / "kopia", "github.com/kopia/kopia", KOPIA]]),
         "rustic": (rustic, [["cargo", "install", "--quiet", "--locked", "--root", cache / "rustic", f"rustic-rs@{RUSTIC}"]]),
     }
     found, absent = [], {}

@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, PostParams},
@@ -92,6 +92,12 @@ impl Scenario {
             .create(&PostParams::default(), &object)
             .await
             .context("create the namespace")?;
+        // Without it no pod is admitted; who makes it may have lost the API server a moment ago.
+        scenario
+            .eventually("the namespace's service account", async || {
+                Ok(scenario.namespaced::<ServiceAccount>().get_opt("default").await?.is_some())
+            })
+            .await?;
         launcher(&["s3", "bucket", &scenario.namespace])?;
         run("kubectl", &["apply", "-f", "-"], &scenario.repository_manifest())?;
         scenario.repository_ready(&scenario.namespace).await?;

@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use kube::ResourceExt;
 use lifeboat_crds::{
-    Backup, VolumeTask,
+    VolumeTask,
     backup::Phase,
     conditions::{self, ConditionType},
 };

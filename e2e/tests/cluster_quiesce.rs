@@ -197,6 +197,9 @@ async fn frozen(s: &Scenario, name: &str, workloads: usize) -> Result<StoreHeld>
     StoreHeld::hold()
 }
 
+/// When both guardians of a node die, kubelet needs some seconds to start them again; what they find frozen they thaw first.
+const ALLOWED: Duration = Duration::from_secs(6);
+
 #[test]
 fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
     let (rounds, seed) = (number("LIFEBOAT_KILL_ROUNDS", 5), number("LIFEBOAT_KILL_SEED", 1));
@@ -206,19 +209,23 @@ fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
         for round in 0..rounds {
             longest_gap(&s)?;
             let name = format!("b{round}");
-            s.start_backup(&name, both_ways(&s, "4s")).await?;
+            s.start_backup(&name, both_ways(&s, &format!("{}s", ALLOWED.as_secs()))).await?;
             let held = frozen(&s, &name, 2).await?;
             tokio::time::sleep(Duration::from_millis(chance(seed + round) % 1500)).await;
             // The API server first: nobody can be told anything any more.
             let dead = s.kill_api_server()?;
             kill(CONTROLLER)?;
             kill(if round % 2 == 0 { BOTH } else { FIRST })?;
-            tokio::time::sleep(Duration::from_millis(4500)).await;
+            tokio::time::sleep(ALLOWED + Duration::from_millis(500)).await;
             drop(dead);
             s.api_server_answers().await?;
             let gap = longest_gap(&s)?;
             drop(held);
-            ensure!((1..=4000).contains(&gap), "round {round}: frozen for {gap} ms, allowed are 4000");
+            ensure!(gap > 0, "round {round}: it was never frozen");
+            ensure!(
+                u128::from(gap) <= ALLOWED.as_millis(),
+                "round {round}: frozen for {gap} ms, allowed are {ALLOWED:?}"
+            );
             gaps.push(gap);
             fresh_lifeboat(&s).await?;
             let backup = s.backup_finished(&name).await?;
