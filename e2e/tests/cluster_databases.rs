@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use lifeboat_crds::backup::{BackupStatus, Consistency};
+use lifeboat_crds::conditions::{ConditionType, is_true};
 use lifeboat_e2e::faults::number;
 use lifeboat_e2e::scenario::{Scenario, scenario};
 use serde_json::{Value, json};
@@ -99,50 +100,77 @@ fn spread(mut values: Vec<u64>) -> String {
     format!("p50 {}, p99 {}, longest {}", rank(50), rank(99), rank(100))
 }
 
+/// Starts the database and a writer.
+async fn under_load(s: &Scenario, database: &Database) -> Result<()> {
+    s.apply(&manifest(database))?;
+    s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
+    s.shell("db", database.prepare)?;
+    s.shell("db", &writer(database))?;
+    s.eventually("some load", async || {
+        Ok(s.shell("db", "wc -l < /tmp/acknowledged || echo 0")?.trim().parse::<u64>()? > 50)
+    })
+    .await
+}
+
+/// What was acknowledged, when transactions after the cut are among it.
+async fn acknowledged(s: &Scenario) -> Result<BTreeMap<u64, u64>> {
+    let so_far = times(&s.shell("db", "cat /tmp/acknowledged")?).len();
+    let mut found = BTreeMap::new();
+    s.eventually("transactions after the cut", async || {
+        found = times(&s.shell("db", "cat /tmp/acknowledged")?);
+        Ok(found.len() > so_far + 20)
+    })
+    .await?;
+    Ok(found)
+}
+
+/// Brings the database back and fails unless it ends with the last transaction before the cut. Returns that one, and how long
+/// the application was at rest there by its own clock, in milliseconds.
+async fn restored_to_the_cut(
+    s: &Scenario,
+    database: &Database,
+    acknowledged: &BTreeMap<u64, u64>,
+    cut: u64,
+) -> Result<(u64, u64)> {
+    s.lose_namespace()?;
+    s.restore_newest("back").await?;
+    s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
+    let found = s.shell("db", database.ask)?;
+    let found: Vec<_> = found.split_whitespace().collect();
+    let [last, count] = found.as_slice() else { bail!("the database says {found:?}") };
+    ensure!(last == count, "transactions are missing below the last: {found:?}");
+    let last: u64 = last.parse()?;
+    // Every pause in which a snapshot was cut lasted at least as long as cutting it. The transaction that was under way then
+    // may have been acknowledged after it.
+    let pause = pause_after(acknowledged, last).max(pause_after(acknowledged, last - 1));
+    // The clock has steps of 10 ms.
+    ensure!(
+        pause + 20 >= cut,
+        "restored up to {last}, where the application went on after {pause} ms, while the cut took {cut} ms"
+    );
+    Ok((last, pause))
+}
+
 /// With `LIFEBOAT_FREEZE_ROUNDS` so many backups are made, and the last is restored; default 1.
 fn protects(database: &Database) {
     let rounds = number("LIFEBOAT_FREEZE_ROUNDS", 1);
     scenario(&format!("database-{}", database.name), async |s: Scenario| {
-        s.apply(&manifest(database))?;
-        s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
-        s.shell("db", database.prepare)?;
-        s.shell("db", &writer(database))?;
-        s.eventually("some load", async || {
-            Ok(s.shell("db", "wc -l < /tmp/acknowledged || echo 0")?.trim().parse::<u64>()? > 50)
-        })
-        .await?;
+        under_load(&s, database).await?;
         let selector = json!({"matchLabels": {"app": database.name}});
         let mut plan = s.plan();
         plan["quiesce"] = json!({"maxFreeze": "60s", "steps": [
             {"selector": selector, "template": database.template}, {"selector": selector, "fsfreeze": {}}]});
         let mut freezes = Vec::new();
-        let mut status = BackupStatus::default();
         for round in 0..rounds {
             let name = format!("b{round}");
             s.start_backup(&name, json!({"plan": plan})).await?;
-            status = s.backup_succeeded(&name).await?.status.context("status")?;
+            let status = s.backup_succeeded(&name).await?.status.context("status")?;
             ensure!(status.consistency == Some(Consistency::Application), "{:?}", status.conditions);
             freezes.push(freeze(&status)?);
         }
-        let so_far = times(&s.shell("db", "cat /tmp/acknowledged")?).len();
-        let mut acknowledged = BTreeMap::new();
-        s.eventually("transactions after the cut", async || {
-            acknowledged = times(&s.shell("db", "cat /tmp/acknowledged")?);
-            Ok(acknowledged.len() > so_far + 20)
-        })
-        .await?;
-        s.lose_namespace()?;
-        s.restore_newest("back").await?;
-        s.kubectl(&["wait", "--for=condition=Ready", "pod/db", "--timeout=120s"])?;
-        let found = s.shell("db", database.ask)?;
-        let found: Vec<_> = found.split_whitespace().collect();
-        let [last, count] = found.as_slice() else { bail!("the database says {found:?}") };
-        ensure!(last == count, "transactions are missing below the last: {found:?}");
-        let last: u64 = last.parse()?;
-        // Every pause in which a snapshot was cut lasted at least as long as cutting it. The transaction that was under way then
-        // may have been acknowledged after it.
-        let pause = pause_after(&acknowledged, last).max(pause_after(&acknowledged, last - 1));
-        let (_, cut) = freeze(&status)?;
+        let (_, cut) = *freezes.last().context("LIFEBOAT_FREEZE_ROUNDS must be 1 or more")?;
+        let acknowledged = acknowledged(&s).await?;
+        let (last, pause) = restored_to_the_cut(&s, database, &acknowledged, cut).await?;
         println!(
             "{}: restored up to {last} of {}; at rest there {pause} ms by its own clock; of {rounds} backups, in ms: at rest {}, of which the cut {}, the rest {}",
             database.name,
@@ -150,11 +178,6 @@ fn protects(database: &Database) {
             spread(freezes.iter().map(|(frozen, _)| *frozen).collect()),
             spread(freezes.iter().map(|(_, cut)| *cut).collect()),
             spread(freezes.iter().map(|(frozen, cut)| frozen.saturating_sub(*cut)).collect()),
-        );
-        // The clock has steps of 10 ms.
-        ensure!(
-            pause + 20 >= cut,
-            "restored up to {last}, where the application went on after {pause} ms, while the cut took {cut} ms"
         );
         Ok(())
     });
@@ -186,6 +209,35 @@ fn postgresql_in_backup_mode_is_restored_to_the_cut() {
 #[test]
 fn postgresql_after_a_checkpoint_is_restored_to_the_cut() {
     protects(&postgresql("postgresql-checkpoint", "postgresql-checkpoint"));
+}
+
+/// The negative control: copied while it is written, a database is not restored to a cut, and the test above sees it.
+#[test]
+fn a_database_that_was_copied_while_it_wrote_is_seen_not_to_be_a_cut() {
+    let database = postgresql("postgresql-torn", "postgresql");
+    scenario("database-torn", async |s: Scenario| {
+        under_load(&s, &database).await?;
+        // Copying takes the longer.
+        s.shell("db", "dd if=/dev/urandom of=/data/fill bs=1M count=300 2>/dev/null; sync")?;
+        s.fault("CreateSnapshot mode=torn")?;
+        let mut plan = s.plan();
+        plan["volumes"] = json!([{"method": "Snapshot"}]);
+        s.start_backup("b", json!({"plan": plan})).await?;
+        let backup = s.backup_finished("b").await?;
+        let status = backup.status.context("status")?;
+        if !is_true(&status.conditions, ConditionType::Succeeded) {
+            println!("a torn file system cannot even be mounted");
+            return Ok(());
+        }
+        ensure!(status.consistency != Some(Consistency::Application), "{:?}", status.consistency);
+        let acknowledged = acknowledged(&s).await?;
+        let cut = status.cut_millis.context("cutMillis")?;
+        match restored_to_the_cut(&s, &database, &acknowledged, cut).await {
+            Ok((last, pause)) => bail!("a copy went unnoticed: restored up to {last}, at rest for {pause} ms"),
+            Err(seen) => println!("seen: {seen:#}"),
+        }
+        Ok(())
+    });
 }
 
 #[test]
