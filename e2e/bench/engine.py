@@ -145,7 +145,7 @@ LOAD = " ".join(f"{load:.1f}" for load in os.getloadavg())
 
 def main() -> None:
     size = os.environ.get("SIZE", "full")
-    program = Path(os.environ.get("LIFEBOAT", ROOT / "target" / "release" / "lifeboat"))
+    program = Path(os.environ.get("LIFEBOAT", ROOT / "target" / "release" / "lifeboat")).resolve()
     CACHE.mkdir(parents=True, exist_ok=True)
     found, absent = ([], {}) if os.environ.get("PEERS") == "no" else tools.peers(CACHE)
     found.insert(0, tools.lifeboat(program))

@@ -226,6 +226,7 @@ fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
                 u128::from(gap) <= ALLOWED.as_millis(),
                 "round {round}: frozen for {gap} ms, allowed are {ALLOWED:?}"
             );
+            println!("round {round} of {rounds}: frozen for {gap} ms");
             gaps.push(gap);
             fresh_lifeboat(&s).await?;
             let backup = s.backup_finished(&name).await?;
@@ -234,8 +235,7 @@ fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
             ensure!(status.consistency != Some(Consistency::Application), "{:?}", status.quiesce);
             ensure!(status.quiesce.context("quiesce")?.workloads.iter().all(|w| !w.frozen), "{:?}", status.conditions);
         }
-        gaps.sort_unstable();
-        println!("{rounds} rounds, longest freezes in ms: {gaps:?}");
+        println!("{rounds} rounds, the longest freeze took {:?} ms", gaps.iter().max());
         Ok(())
     });
 }
