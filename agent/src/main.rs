@@ -1,4 +1,4 @@
-//! `lifeboat-agent`: moves data between the volumes of one node and repositories; guards workloads that are frozen.
+//! `lifeboat-agent`: moves data between the volumes and streams of one node and repositories; guards workloads that are frozen.
 
 mod device;
 mod guardian;
@@ -8,9 +8,11 @@ mod maintain;
 mod metrics;
 mod outcome;
 mod report;
+mod stream;
 mod task;
 mod tasks;
 mod volume;
+mod wire;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -24,6 +26,9 @@ use lifeboat_process::server::{self, Readiness};
 use lifeboat_process::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
+
+/// Where agent and guardian of a node meet for streams: in a folder that only their pod has.
+pub(crate) const STREAMS_SOCKET: &str = "/streams/guardian.sock";
 
 /// Moves data between the volumes of one node and repositories.
 #[derive(Debug, Parser)]
@@ -67,6 +72,9 @@ struct RunOptions {
     /// Where small objects of repositories are kept between tasks.
     #[arg(long, env = "LIFEBOAT_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
+    /// Where the guardian of this node runs the commands of streams.
+    #[arg(long, default_value = STREAMS_SOCKET)]
+    streams_socket: PathBuf,
     /// Tasks done at once.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     max_tasks: u16,
@@ -134,6 +142,7 @@ async fn run(options: RunOptions) -> Result<()> {
         agent: options.pod_uid,
         node: options.node.clone(),
         kubelet_dir: options.kubelet_dir,
+        streams_socket: options.streams_socket,
         metrics,
     });
     info!(node = options.node, version = env!("CARGO_PKG_VERSION"), "agent started");

@@ -1,4 +1,4 @@
-//! Does one task: opens the repository, reads or writes the volume, reports.
+//! Does one task: opens the repository, reads or writes the volume or the stream, reports.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -9,14 +9,15 @@ use kube::Api;
 use lifeboat_crds::VolumeTask;
 use lifeboat_crds::backup::Transfer;
 use lifeboat_crds::conditions::Reason;
-use lifeboat_crds::volume_task::{BackupOperation, Operation, RestoreOperation, TaskResult};
+use lifeboat_crds::volume_task::{BackupOperation, DumpOperation, Operation, RestoreOperation, TaskResult};
 use lifeboat_process::access::RepositoryAccess;
 use lifeboat_repository::backup::{self, TreeBackup};
 use lifeboat_repository::id::SessionId;
 use lifeboat_repository::progress::Progress;
 use lifeboat_repository::repository::Repository;
 use lifeboat_repository::restore::{self, Existing, RestoreOptions};
-use lifeboat_repository::session::SessionOptions;
+use lifeboat_repository::session::{Session, SessionOptions};
+use lifeboat_repository::snapshot::Snapshot;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::image;
@@ -25,6 +26,7 @@ use crate::maintain;
 use crate::metrics::Metrics;
 use crate::outcome::{Failure, sample};
 use crate::report::Reporter;
+use crate::stream;
 use crate::volume::{self, Mounted};
 
 /// A task is given up after this many attempts, its agents having died in all of them.
@@ -38,7 +40,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(5);
 pub(crate) const STEPS: [&str; 6] = ["Begin", "Open", "Register", "Read", "Write", "Report"];
 
 /// Says in the log which step begins.
-fn enter(step: &'static str) {
+pub(crate) fn enter(step: &'static str) {
     debug_assert!(STEPS.contains(&step), "{step} is not in the list");
     debug!(step, "next");
 }
@@ -53,6 +55,8 @@ pub(crate) struct Worker {
     pub(crate) agent: String,
     pub(crate) node: String,
     pub(crate) kubelet_dir: PathBuf,
+    /// Where the guardian of this node runs commands.
+    pub(crate) streams_socket: PathBuf,
     pub(crate) metrics: Metrics,
 }
 
@@ -60,9 +64,14 @@ impl Worker {
     /// Does the task and writes how it ended.
     pub(crate) async fn run(&self, task: VolumeTask, progress: Arc<Progress>) {
         let name = task.metadata.name.clone().unwrap_or_default();
-        let volume = task.spec.volume.as_ref();
-        let span =
-            info_span!("task", task = name, claim = volume.map(|v| &v.claim), namespace = volume.map(|v| &v.namespace));
+        let (volume, workload) = (task.spec.volume.as_ref(), task.spec.workload.as_ref());
+        let span = info_span!(
+            "task",
+            task = name,
+            claim = volume.map(|v| &v.claim),
+            pod = workload.map(|workload| &workload.pod),
+            namespace = task.spec.namespace()
+        );
         self.metrics.running.inc();
         self.attempt(task, progress).instrument(span).await;
         self.metrics.running.dec();
@@ -70,6 +79,11 @@ impl Worker {
 
     async fn attempt(&self, task: VolumeTask, progress: Arc<Progress>) {
         let mut reporter = Reporter::new(self.tasks.clone(), &task);
+        if matches!(task.spec.operation, Operation::Feed(_)) && reporter.status().attempts > 0 {
+            let message = "the agent ended while the restore command ran or was about to; nobody knows what the command did, so it is not run again: look, and start another Restore";
+            reporter.end(Err(Failure::new(Reason::AgentLost, message))).await;
+            return;
+        }
         let outcome = loop {
             let before = reporter.status().clone();
             if before.attempts >= MAX_ATTEMPTS {
@@ -142,7 +156,7 @@ impl Worker {
             abort_earlier(&repository, &session).await?;
         }
         let Some((volume, mounted)) = found else {
-            return maintain::maintain(&repository, &spec.operation, left, reporter, progress).await;
+            return self.without_volume(&repository, task, left, reporter, progress).await;
         };
         let device = if mounted.is_block {
             let (mounted, pod) = (mounted.clone(), volume.pod.clone());
@@ -160,12 +174,14 @@ impl Worker {
                 Operation::Restore(operation) => {
                     restore(&repository, (&mounted, device), operation, reporter, progress).await
                 }
-                Operation::Maintain(_) => Err(Failure::new(Reason::InternalError, "maintenance works on no volume")),
+                Operation::Maintain(_) | Operation::Dump(_) | Operation::Feed(_) => {
+                    Err(Failure::new(Reason::InternalError, "the operation works on no volume"))
+                }
             }
         };
         let stopped = Arc::new(OnceLock::new());
-        let guard =
-            tokio::spawn(guard(mounted.clone(), volume.pod.clone(), left, Arc::clone(progress), Arc::clone(&stopped)));
+        let watched = Some((mounted.clone(), volume.pod.clone()));
+        let guard = tokio::spawn(guard(watched, left, Arc::clone(progress), Arc::clone(&stopped)));
         // The work is never dropped half-way: it is told to stop, and then decides its session itself.
         let outcome = work.await;
         guard.abort();
@@ -176,16 +192,71 @@ impl Worker {
         }
     }
 
-    async fn back_up(
+    /// Maintenance, and streams.
+    async fn without_volume(
         &self,
         repository: &Repository,
-        (mounted, device): (&Mounted, Option<OwnedFd>),
-        operation: &BackupOperation,
+        task: &VolumeTask,
+        left: Duration,
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
     ) -> Result<TaskResult, Failure> {
-        let parent =
-            repository.latest_of(&operation.lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
+        let operation = &task.spec.operation;
+        if matches!(operation, Operation::Maintain(_)) {
+            return maintain::maintain(repository, operation, left, reporter, progress).await;
+        }
+        let stopped = Arc::new(OnceLock::new());
+        let guard = tokio::spawn(guard(None, left, Arc::clone(progress), Arc::clone(&stopped)));
+        let outcome = match operation {
+            Operation::Dump(operation) => self.dump(repository, task, operation, reporter, progress).await,
+            Operation::Feed(operation) => {
+                stream::feed(&self.streams_socket, repository, task, operation, reporter, progress).await
+            }
+            _ => Err(Failure::new(Reason::InternalError, "the operation needs a volume")),
+        };
+        guard.abort();
+        stopped.get().cloned().map_or(outcome, Err)
+    }
+
+    async fn dump(
+        &self,
+        repository: &Repository,
+        task: &VolumeTask,
+        operation: &DumpOperation,
+        reporter: &mut Reporter,
+        progress: &Arc<Progress>,
+    ) -> Result<TaskResult, Failure> {
+        let (parent, session) = self.register(repository, &operation.lineage, reporter).await?;
+        let plan = TreeBackup {
+            lineage: operation.lineage.clone(),
+            tags: operation.tags.clone(),
+            parent: parent.clone(),
+            host: self.node.clone(),
+            ..TreeBackup::default()
+        };
+        enter("Read");
+        let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
+        let shown = Arc::clone(progress);
+        let dumped =
+            Box::pin(stream::dump(&self.streams_socket, repository, session, task, operation, plan, shown)).await;
+        reporting.abort();
+        let snapshot = dumped.map_err(|failure| stopped(progress).unwrap_or(failure))?;
+        Ok(TaskResult {
+            snapshot: snapshot.id.to_string(),
+            parent: parent.map(|parent| parent.id.to_string()),
+            transfer: transfer(&snapshot),
+            ..TaskResult::default()
+        })
+    }
+
+    /// The parent of a snapshot that is to be made, and a session for it that is noted in the status.
+    async fn register(
+        &self,
+        repository: &Repository,
+        lineage: &str,
+        reporter: &mut Reporter,
+    ) -> Result<(Option<Snapshot>, Arc<Session>), Failure> {
+        let parent = repository.latest_of(lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         enter("Register");
         let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
         let session = repository.begin(options).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
@@ -196,6 +267,18 @@ impl Worker {
             session.abort(&failure.message).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
             return Err(failure);
         }
+        Ok((parent, session))
+    }
+
+    async fn back_up(
+        &self,
+        repository: &Repository,
+        (mounted, device): (&Mounted, Option<OwnedFd>),
+        operation: &BackupOperation,
+        reporter: &mut Reporter,
+        progress: &Arc<Progress>,
+    ) -> Result<TaskResult, Failure> {
+        let (parent, session) = self.register(repository, &operation.lineage, reporter).await?;
         let plan = TreeBackup {
             lineage: operation.lineage.clone(),
             tags: operation.tags.clone(),
@@ -222,19 +305,24 @@ impl Worker {
         Ok(TaskResult {
             snapshot: snapshot.id.to_string(),
             parent: parent.map(|parent| parent.id.to_string()),
-            transfer: Transfer {
-                files: snapshot.counts.files,
-                bytes: snapshot.counts.bytes,
-                read_bytes: snapshot.stats.read_bytes,
-                new_bytes: snapshot.stats.new_bytes,
-                stored_bytes: snapshot.stats.stored_bytes,
-                millis: snapshot.stats.duration_ms,
-            },
+            transfer: transfer(&snapshot),
             block,
             skipped: snapshot.counts.skipped,
             skipped_sample: sample(skipped.iter().map(|skipped| (skipped.path.as_slice(), skipped.reason.to_string()))),
             reclaimed: None,
         })
+    }
+}
+
+/// The figures of a backup.
+fn transfer(snapshot: &Snapshot) -> Transfer {
+    Transfer {
+        files: snapshot.counts.files,
+        bytes: snapshot.counts.bytes,
+        read_bytes: snapshot.stats.read_bytes,
+        new_bytes: snapshot.stats.new_bytes,
+        stored_bytes: snapshot.stats.stored_bytes,
+        millis: snapshot.stats.duration_ms,
     }
 }
 
@@ -249,10 +337,9 @@ async fn abort_earlier(repository: &Repository, session: &str) -> Result<(), Fai
     Ok(())
 }
 
-/// Stops the work when its deadline is over or its volume is gone.
+/// Stops the work when its deadline is over, or the volume of this pod is gone.
 async fn guard(
-    mounted: Mounted,
-    pod: String,
+    mounted: Option<(Mounted, String)>,
     left: Duration,
     progress: Arc<Progress>,
     stopped: Arc<OnceLock<Failure>>,
@@ -266,8 +353,8 @@ async fn guard(
                 "the task did not end by its deadline; it is safe to start another backup",
             );
         }
-        if !mounted.is_still_there() {
-            break volume::VolumeError::PodGone { pod }.into();
+        if let Some((_, pod)) = mounted.as_ref().filter(|(mounted, _)| !mounted.is_still_there()) {
+            break volume::VolumeError::PodGone { pod: pod.clone() }.into();
         }
     };
     stopped.get_or_init(|| failure);

@@ -35,8 +35,8 @@ impl Room {
     /// Waits for a place, which is free again when the permit is dropped. The semaphores are never closed.
     async fn place(&self, operation: &Operation) -> Result<SemaphorePermit<'_>, AcquireError> {
         match operation {
-            Operation::Backup(_) => self.volumes.acquire().await,
-            Operation::Restore(_) => tokio::select! {
+            Operation::Backup(_) | Operation::Dump(_) => self.volumes.acquire().await,
+            Operation::Restore(_) | Operation::Feed(_) => tokio::select! {
                 biased;
                 place = self.volumes.acquire() => place,
                 place = self.restore.acquire() => place,

@@ -17,6 +17,7 @@ mod repository;
 mod restore;
 mod scope;
 mod storage;
+mod stream;
 mod task;
 
 use std::io::Write as _;

@@ -7,6 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt};
 use lifeboat_crds::conditions::{self, ConditionType};
+use lifeboat_crds::quiesce_lease::LeasedWorkload;
 use lifeboat_crds::volume_task::{MountedVolume, Operation, RepositoryAccess};
 use lifeboat_crds::{VolumeTask, VolumeTaskSpec, labels};
 
@@ -38,8 +39,10 @@ pub(crate) struct Order {
     pub(crate) owner: String,
     pub(crate) owner_uid: String,
     pub(crate) node: String,
-    /// None for maintenance.
+    /// None for maintenance and streams.
     pub(crate) volume: Option<MountedVolume>,
+    /// For streams alone.
+    pub(crate) workload: Option<LeasedWorkload>,
     pub(crate) repository: RepositoryAccess,
     pub(crate) operation: Operation,
     pub(crate) deadline: jiff::Timestamp,
@@ -61,6 +64,7 @@ pub(crate) async fn create(api: &Api<VolumeTask>, order: Order) -> Result<()> {
         spec: VolumeTaskSpec {
             node_name: order.node,
             volume: order.volume,
+            workload: order.workload,
             repository: order.repository,
             operation: order.operation,
             deadline: Time(order.deadline),
@@ -96,8 +100,8 @@ pub(crate) async fn delete_of(api: &Api<VolumeTask>, owner_uid: &str) -> Result<
 /// The owner of a task, if it is of this kind: namespace (none for maintenance) and name.
 pub(crate) fn owner(task: &VolumeTask, kind: &str) -> Option<(String, String)> {
     let (found, name) = task.annotations().get(labels::OWNER)?.split_once('/')?;
-    let namespace = task.spec.volume.as_ref().map(|volume| volume.namespace.clone()).unwrap_or_default();
-    (found == kind).then(|| (namespace, name.to_owned()))
+    let namespace = task.spec.namespace().unwrap_or_default();
+    (found == kind).then(|| (namespace.to_owned(), name.to_owned()))
 }
 
 /// How a task stands.

@@ -148,10 +148,13 @@ pub struct BackupStatus {
     /// One entry a claim.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeBackupStatus>,
-    /// Bytes read from volumes, of all of them.
+    /// One entry a stream of the plan.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<StreamBackupStatus>,
+    /// Bytes read from volumes and streams, of all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_bytes: Option<u64>,
-    /// Bytes that the repository grew by, compressed and encrypted, for volumes and objects.
+    /// Bytes that the repository grew by, compressed and encrypted, for volumes, streams and objects.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_bytes: Option<u64>,
 }
@@ -298,6 +301,41 @@ pub struct VolumeBackupStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped_sample: Vec<SkippedFile>,
     /// Why it failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// What became of one stream.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamBackupStatus {
+    /// The stream's name, and that of its file.
+    pub name: String,
+    /// The pod that the command runs in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// That pod's UID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod_uid: Option<String>,
+    /// The container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// The pod's node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// When it had its turn to run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dispatched_at: Option<Time>,
+    /// How far it is.
+    #[serde(default)]
+    pub phase: Phase,
+    /// The id of its snapshot in the repository, once committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// What was read and stored, so far or in the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
+    /// What it waits for, or why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }

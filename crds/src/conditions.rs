@@ -45,7 +45,7 @@ names! {
         Quiesced,
         /// `Backup`: every snapshot is made on the storage. From then on the application need not rest any more.
         Cut,
-        /// `Backup`: the objects are captured and every volume has been read.
+        /// `Backup`: the objects are captured, and every volume and stream has been read.
         Captured,
         /// `Backup`: `False` when a storage's list of blocks was found wrong; the volume was then read in full.
         BlockLists,
@@ -53,6 +53,8 @@ names! {
         Planned,
         /// `Restore`: every volume has its data.
         DataReady,
+        /// `Restore`: every stream was given to its command. `False` when some were not, which the message names.
+        StreamsRestored,
         /// `ClusterRepository`: the last maintenance ended well. `BackupPolicy`: the last run of its retention did.
         MaintenanceHealthy,
         /// `Backup`, `Restore`, `VolumeTask`: ended well (`True`), ended badly (`False`), still going on (`Unknown`).
@@ -168,8 +170,12 @@ names! {
         FreezeDeadline,
         /// Objects could not be captured.
         CaptureFailed,
-        /// The pod went away while its volume was being read or written.
+        /// The pod went away while its volume was being read or written, or a stream's command ran in it.
         PodVanished,
+        /// No pod that a stream's selector matches is ready, or it has no such container.
+        NoPodForStream,
+        /// A stream's command failed or could not be run; nothing of its output is kept.
+        StreamFailed,
         /// No agent runs on the node that the volume is mounted on.
         NoAgent,
         /// An agent stopped reporting; the task is given to the next.
@@ -196,6 +202,8 @@ names! {
         ClusterResourcesNotAllowed,
         /// Objects could not be applied.
         ApplyFailed,
+        /// Streams have no restore command, or the spec says `Ignore`: their files are in the repository only.
+        StreamsNotRestored,
 
         /// An error that Lifeboat did not foresee; the message has the chain of causes.
         InternalError,

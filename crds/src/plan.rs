@@ -24,6 +24,11 @@ pub struct BackupPlan {
     /// How the application is brought to rest while its volumes are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesce: Option<Quiesce>,
+    /// Commands whose standard output becomes a file in the backup. They run when nothing is frozen any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(validation = Rule::new("self.all(s, self.exists_one(other, other.name == s.name))").message("every stream needs a name of its own"))]
+    pub streams: Vec<StreamRule>,
     /// Where the backup goes: one repository, and the primary storage if its snapshots are to be kept.
     #[schemars(length(min = 1, max = 2))]
     #[x_kube(validation = Rule::new("self.exists_one(t, has(t.repository))").message("write exactly one tier with repository"),
@@ -277,6 +282,46 @@ pub enum OnQuiesceFailure {
     Fail,
     /// The backup goes on, and its status shows the lower consistency.
     Continue,
+}
+
+/// A command whose standard output becomes a file in the backup, as a database's dump.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamRule {
+    /// The file's name, as `shop.sql`.
+    #[schemars(length(min = 1, max = 63), regex(pattern = "^[a-z0-9]([-a-z0-9._]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Labels of the pod that the command runs in. Of several that are ready, the first by name.
+    pub selector: LabelSelector,
+    /// The container. Default: the pod's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub container: Option<String>,
+    /// The command. Exit code 0 means that all was written.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    #[x_kube(validation = Rule::new("self.size() == 0 || self[0] != ''").message("the first word of a command is its program"))]
+    pub command: Vec<String>,
+    /// The longest time that the command may take. Default: `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("timeout must be longer than zero, such as 30m"))]
+    pub timeout: Option<DurationString>,
+    /// What takes the file in when it is restored. Default: nothing; the file can be read with `lifeboat cat`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<StreamRestore>,
+}
+
+/// A command that takes a stream's file in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamRestore {
+    /// Runs in the restored pod, with the file as its standard input, once the pod is ready. Exit code 0 means that all is there.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    #[x_kube(validation = Rule::new("self.size() == 0 || self[0] != ''").message("the first word of a command is its program"))]
+    pub command: Vec<String>,
+    /// The longest time that the command may take. Default: `1h`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^0+(ms|s|m|h|d)$')").message("timeout must be longer than zero, such as 30m"))]
+    pub timeout: Option<DurationString>,
 }
 
 /// A place where backups are kept.

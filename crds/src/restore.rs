@@ -1,6 +1,6 @@
 //! `Restore`: brings a recovery point back into the namespace, once.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -44,9 +44,22 @@ pub struct RestoreSpec {
     /// What happens to what exists.
     #[serde(default)]
     pub existing: Existing,
+    /// What happens to streams.
+    #[serde(default)]
+    pub streams: StreamsRestore,
     /// What happens to objects outside of the namespace. Default: they stay as they are, and those that are missing are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster_resources: Option<ClusterRestore>,
+}
+
+/// What happens to streams in a restore.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum StreamsRestore {
+    /// Each that has a restore command is given to it, once objects and volumes are back and its pod is ready.
+    #[default]
+    Restore,
+    /// No command runs. The files can be read with `lifeboat cat`.
+    Ignore,
 }
 
 /// How cluster-scoped objects are brought back.
@@ -130,7 +143,7 @@ pub struct RestoreStatus {
     /// How far it is; derived from the conditions.
     #[serde(default)]
     pub phase: Phase,
-    /// `Planned`, `Waiting`, `DataReady`, `Succeeded`.
+    /// `Planned`, `Waiting`, `DataReady`, `StreamsRestored`, `Succeeded`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When work began.
@@ -148,6 +161,9 @@ pub struct RestoreStatus {
     /// One entry a claim.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeRestoreStatus>,
+    /// One entry a stream of the recovery point.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<StreamRestoreStatus>,
     /// What became of cluster-scoped objects that have to be there before the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster_objects: Option<ObjectsRestoreStatus>,
@@ -200,6 +216,40 @@ pub struct VolumeRestoreStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed_sample: Vec<SkippedFile>,
     /// Why it failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// What became of one stream in a restore.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamRestoreStatus {
+    /// The stream's name, and that of its file.
+    pub name: String,
+    /// The id of the snapshot in the repository.
+    pub snapshot: String,
+    /// Why no command is given the file, if none is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_restored: Option<String>,
+    /// Labels of the pod that the command runs in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<LabelSelector>,
+    /// The pod that the command runs in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// The container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// The pod's node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// How far it is.
+    #[serde(default)]
+    pub phase: Phase,
+    /// What the command was given, so far or in the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
+    /// What it waits for, or why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }

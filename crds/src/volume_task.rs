@@ -1,4 +1,4 @@
-//! `VolumeTask`: one unit of work for one node's agent. Internal; lives in Lifeboat's namespace.
+//! `VolumeTask`: one unit of work for one node's agent, with a volume or a stream. Internal; lives in Lifeboat's namespace.
 
 use std::collections::BTreeMap;
 
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     backup::{BlockRead, Phase, SkippedFile, Transfer},
     cluster_repository::{Backend, Reclaimed, SecretRef},
+    quiesce_lease::LeasedWorkload,
 };
 
 /// One unit of work for one node's agent. Made by the controller; not for people to write.
@@ -29,6 +30,7 @@ use crate::{
     printcolumn(name = "Repository", type_ = "string", json_path = ".spec.repository.name"),
     printcolumn(name = "Namespace", type_ = "string", json_path = ".spec.volume.namespace"),
     printcolumn(name = "Claim", type_ = "string", json_path = ".spec.volume.claim"),
+    printcolumn(name = "Pod", type_ = "string", json_path = ".spec.workload.pod", priority = "1"),
     printcolumn(name = "Bytes", type_ = "integer", json_path = ".status.progress.bytesDone"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(
@@ -40,14 +42,20 @@ use crate::{
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("self == oldSelf").message("a VolumeTask cannot be changed"),
-    validation = Rule::new("has(self.volume) != has(self.operation.maintain)").message("only maintenance needs no volume"))]
+    validation = Rule::new("has(self.volume) == (has(self.operation.backup) || has(self.operation.restore))")
+        .message("backup and restore need a volume, and nothing else does"),
+    validation = Rule::new("has(self.workload) == (has(self.operation.dump) || has(self.operation.feed))")
+        .message("dump and feed need a workload, and nothing else does"))]
 pub struct VolumeTaskSpec {
     /// The node whose agent does the work.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: String,
-    /// The volume, as a pod on that node has it mounted. Maintenance has none.
+    /// The volume, as a pod on that node has it mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volume: Option<MountedVolume>,
+    /// The container in which a stream's command runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<LeasedWorkload>,
     /// The repository and how to open it.
     pub repository: RepositoryAccess,
     /// What is done.
@@ -99,6 +107,10 @@ pub enum Operation {
     Backup(BackupOperation),
     /// Writes a snapshot into the volume, which must be empty but for `lost+found`.
     Restore(RestoreOperation),
+    /// Stores what a command writes to its standard output.
+    Dump(DumpOperation),
+    /// Gives a stored file to a command as its standard input. It is never begun a second time.
+    Feed(FeedOperation),
     /// Deletes what no recovery point of the repository refers to any more.
     Maintain(MaintainOperation),
 }
@@ -165,6 +177,44 @@ pub struct BlockLists {
 pub struct RestoreOperation {
     /// The snapshot's id in the repository.
     pub snapshot: String,
+}
+
+/// Stores what a command writes to its standard output as the one file of a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DumpOperation {
+    /// The chain of snapshots that this one continues.
+    pub lineage: String,
+    /// Put on the snapshot.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    /// The file's name in the snapshot.
+    pub file: String,
+    /// What runs in the container.
+    pub command: StreamCommand,
+}
+
+/// Gives the file of a snapshot to a command as its standard input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FeedOperation {
+    /// The snapshot's id in the repository.
+    pub snapshot: String,
+    /// The file's name in the snapshot.
+    pub file: String,
+    /// What runs in the container.
+    pub command: StreamCommand,
+}
+
+/// A command whose standard output or input is a stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamCommand {
+    /// Its words.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub words: Vec<String>,
+    /// It is ended after this, in milliseconds.
+    pub limit_millis: u64,
 }
 
 /// How far a task is, and what came of it.
@@ -239,4 +289,12 @@ pub struct TaskResult {
     /// What maintenance did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaimed: Option<Reclaimed>,
+}
+
+impl VolumeTaskSpec {
+    /// The namespace of the application that it works for; none for maintenance.
+    pub fn namespace(&self) -> Option<&str> {
+        let of_volume = self.volume.as_ref().map(|volume| volume.namespace.as_str());
+        of_volume.or_else(|| self.workload.as_ref().map(|workload| workload.namespace.as_str()))
+    }
 }

@@ -393,7 +393,7 @@ spec:
             .await?;
         let mut names: Vec<String> = tasks
             .iter()
-            .filter(|t| t.spec.volume.as_ref().is_some_and(|volume| volume.namespace == self.namespace))
+            .filter(|t| t.spec.namespace() == Some(self.namespace.as_str()))
             .map(|t| format!("task {}", t.name_any()))
             .collect();
         let pods = self.kubectl(&["get", "pods", "-l", "app.kubernetes.io/managed-by=lifeboat", "-o", "name"])?;

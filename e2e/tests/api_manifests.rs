@@ -118,6 +118,33 @@ fn refused_policies() -> Refused {
     ]
 }
 
+fn refused_streams() -> Refused {
+    let streams = |all: &str| policy(&format!(", streams: [{all}]"));
+    let stream = |more: &str| streams(&format!("{{selector: {{}}, {more}}}"));
+    vec![
+        ("BackupPolicy", stream("name: a.sql"), "streams[0].command"),
+        ("BackupPolicy", stream("name: a.sql, command: []"), "streams[0].command"),
+        ("BackupPolicy", stream("name: a.sql, command: ['']"), "the first word of a command is its program"),
+        ("BackupPolicy", stream("command: [a]"), "streams[0].name"),
+        ("BackupPolicy", streams("{name: a.sql, command: [a]}"), "streams[0].selector"),
+        ("BackupPolicy", stream("name: a/b, command: [a]"), "streams[0].name"),
+        ("BackupPolicy", stream("name: .., command: [a]"), "streams[0].name"),
+        ("BackupPolicy", stream("name: A.sql, command: [a]"), "streams[0].name"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], timeout: 0m"), "timeout must be longer than zero"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], timeout: soon"), "timeout"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], restore: {}"), "restore.command"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], restore: {command: []}"), "restore.command"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], restore: {command: [b], timeout: 0s}"), "longer than zero"),
+        ("BackupPolicy", stream("name: a.sql, command: [a], onFailure: Continue"), "onFailure"),
+        (
+            "BackupPolicy",
+            streams("{name: a.sql, selector: {}, command: [a]}, {name: a.sql, selector: {}, command: [b]}"),
+            "every stream needs a name of its own",
+        ),
+        ("Restore", "{source: {backupRef: {name: b}}, streams: Maybe}".to_owned(), "streams"),
+    ]
+}
+
 fn refused_quiescing() -> Refused {
     let quiesce = |step: &str, more: &str| policy(&format!(", quiesce: {{steps: [{step}]{more}}}"));
     let step = "{selector: {}, exec: {freeze: [a]}}";
@@ -173,7 +200,7 @@ fn refused_runs() -> Refused {
 fn bad_manifests_are_refused_with_what_to_write() -> Result<()> {
     let server = ApiServer::start()?;
     let mut wrong = Vec::new();
-    let all = [refused_repositories(), refused_policies(), refused_quiescing(), refused_runs()];
+    let all = [refused_repositories(), refused_policies(), refused_quiescing(), refused_streams(), refused_runs()];
     for (kind, spec, says) in all.into_iter().flatten() {
         match server.refusal(&manifest(kind, &spec)) {
             Ok(said) if said.contains(says) => {}

@@ -22,7 +22,7 @@ async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHel
     s.eventually("an agent in the middle of the volume", async || {
         let tasks = api.list(&kube::api::ListParams::default()).await?;
         found = tasks.into_iter().find(|task| {
-            let is_ours = task.spec.volume.as_ref().is_some_and(|volume| volume.namespace == s.namespace);
+            let is_ours = task.spec.namespace() == Some(s.namespace.as_str());
             is_ours && task.status.as_ref().is_some_and(|status| status.session.is_some())
         });
         Ok(found.is_some())

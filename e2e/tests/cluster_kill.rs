@@ -175,6 +175,7 @@ fn plan(s: &Scenario) -> Value {
         {"selector": app, "exec": {"freeze": ["touch", "/tmp/frozen"], "thaw": ["rm", "-f", "/tmp/frozen"]}},
         {"selector": app, "fsfreeze": {}},
     ]});
+    plan["streams"] = json!([{"name": "round.txt", "selector": app, "command": ["cat", "/data/round"]}]);
     json!({"plan": plan})
 }
 
@@ -241,6 +242,9 @@ async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim
     if ended.status == "True" {
         holds(s, &backup, "data", name)?;
         holds(s, &backup, "live", name)?;
+        let stream = status.streams.first().and_then(|stream| stream.snapshot.as_ref()).context("a stream")?;
+        let found = s.lifeboat(&["cat", stream, "round.txt"])?;
+        ensure!(found.trim() == name, "the stream has the round {found} in the recovery point of {name}");
     } else {
         ensure!(ended.reason != "InternalError" && !ended.message.is_empty(), "no clear reason: {ended:?}");
     }

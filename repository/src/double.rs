@@ -21,6 +21,7 @@ struct State {
     puts: Vec<(ChunkKind, ChunkId)>,
     inherited: Vec<ChunkId>,
     fails: bool,
+    held: bool,
 }
 
 /// Chunks in memory.
@@ -49,6 +50,11 @@ impl Double {
         self.state().fails = true;
     }
 
+    /// From now on nothing that is put comes to an end.
+    pub(crate) fn hold(&self) {
+        self.state().held = true;
+    }
+
     /// What was put and inherited since the last call.
     pub(crate) fn take_log(&self) -> (Vec<(ChunkKind, ChunkId)>, Vec<ChunkId>) {
         let mut state = self.state();
@@ -73,6 +79,9 @@ impl ChunkSink for Double {
     async fn put(&self, kind: ChunkKind, id: ChunkId, plain: Bytes) -> Result<Put, SessionError> {
         assert!(self.chunk_id(&plain) == id && plain.len() <= MAX_CHUNK_BYTES && !plain.is_empty());
         tokio::task::yield_now().await;
+        if self.state().held {
+            std::future::pending::<()>().await;
+        }
         let mut state = self.state();
         if state.fails {
             return Err(SessionError::Closed { session: SessionId([3; 16]) });

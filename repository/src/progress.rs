@@ -84,7 +84,8 @@ impl Progress {
         self.bytes_total.store(total, Ordering::Relaxed);
     }
 
-    pub(crate) fn add_bytes(&self, count: u64) {
+    /// Counts plain bytes that are done.
+    pub fn add_bytes(&self, count: u64) {
         self.bytes_done.fetch_add(count, Ordering::Relaxed);
     }
 

@@ -1,4 +1,4 @@
-//! The container runtime of this node, by the two calls of its CRI that the guardian needs.
+//! The container runtime of this node, by the two calls of its CRI that the guardian needs. `containerd` has those beyond it.
 //!
 //! Field numbers are those of `k8s.io/cri-api/pkg/apis/runtime/v1/api.proto`; fields that are not used are left out.
 
@@ -9,8 +9,11 @@ use std::path::PathBuf;
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
+
+use super::containerd::{Pipes, Process};
 
 const RUNNING: i32 = 1;
 /// Standard output and error of a command are kept in memory by the runtime too, which allows 16 MiB.
@@ -80,6 +83,8 @@ pub(crate) enum CriError {
     Unreachable(String),
     #[error("the container runtime refused: {0}")]
     Refused(String),
+    #[error("the container runtime is not containerd, which streams need")]
+    NotContainerd,
 }
 
 /// How a command in a container ended.
@@ -96,25 +101,55 @@ pub(crate) trait Containers: Send + Sync + 'static {
     fn find(&self, pod_uid: &str, container: &str) -> impl Future<Output = Result<String, CriError>> + Send;
     /// Runs a command to its end.
     fn exec(&self, container: &str, command: &[String]) -> impl Future<Output = Result<Ended, CriError>> + Send;
+    /// Starts a command whose standard streams are pipes. It runs until it ends by itself or by `end`, whoever dies meanwhile.
+    fn start(
+        &self,
+        process: &Process<'_>,
+        command: &[String],
+        takes_input: bool,
+    ) -> impl Future<Output = Result<Pipes, CriError>> + Send;
+    /// The exit code of a command that was started, once it has ended.
+    fn wait(&self, process: &Process<'_>) -> impl Future<Output = Result<i32, CriError>> + Send;
+    /// Tells a command that was started that its input is at its end.
+    fn close_input(&self, process: &Process<'_>) -> impl Future<Output = Result<(), CriError>> + Send;
+    /// Ends a command that was started, and removes what was made for it. Well also when there is nothing.
+    fn end(&self, process: &Process<'_>) -> impl Future<Output = Result<(), CriError>> + Send;
 }
 
 /// The runtime behind a socket.
 pub(crate) struct Runtime {
     channel: Channel,
+    /// Where the pipes of commands lie.
+    pub(super) folder: PathBuf,
 }
 
 impl Runtime {
     /// Connects when it is first used, and again whenever the runtime was restarted.
     pub(crate) fn new(socket: PathBuf) -> Self {
+        let folder = socket.with_file_name("lifeboat");
         let connect = tower::service_fn(move |_| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         // The address is required and not used.
-        Self { channel: Endpoint::from_static("http://localhost").connect_with_connector_lazy(connect) }
+        Self { channel: Endpoint::from_static("http://localhost").connect_with_connector_lazy(connect), folder }
     }
 
     async fn call<Q, A>(&self, path: &'static str, request: Q) -> Result<A, Status>
+    where
+        Q: prost::Message + Default + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
+        self.call_in(None, path, request).await
+    }
+
+    /// A call in one of containerd's namespaces; CRI has its own.
+    pub(super) async fn call_in<Q, A>(
+        &self,
+        namespace: Option<&'static str>,
+        path: &'static str,
+        request: Q,
+    ) -> Result<A, Status>
     where
         Q: prost::Message + Default + Send + Sync + 'static,
         A: prost::Message + Default + Send + Sync + 'static,
@@ -123,14 +158,19 @@ impl Runtime {
         client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
         let codec = tonic_prost::ProstCodec::<Q, A>::default();
         let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
-        client.unary(Request::new(request), path, codec).await.map(tonic::Response::into_inner)
+        let mut request = Request::new(request);
+        if let Some(namespace) = namespace {
+            request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(namespace));
+        }
+        client.unary(request, path, codec).await.map(tonic::Response::into_inner)
     }
 }
 
-fn error_of(status: &Status, program: Option<&String>) -> CriError {
+pub(super) fn error_of(status: &Status, program: Option<&String>) -> CriError {
     let said = status.message();
     match status.code() {
         Code::NotFound => CriError::Gone,
+        Code::Unimplemented => CriError::NotContainerd,
         Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded => CriError::Unreachable(said.to_owned()),
         _ if said.contains("CONTAINER_EXITED") || said.contains("container not running") => CriError::Gone,
         _ if said.contains("executable file not found") || said.contains("no such file or directory") => {
@@ -163,6 +203,22 @@ impl Containers for Runtime {
             .map_err(|status| error_of(&status, command.first()))?;
         Ok(Ended { code: ended.exit_code, stdout: ended.stdout, stderr: ended.stderr })
     }
+
+    async fn start(&self, process: &Process<'_>, command: &[String], takes_input: bool) -> Result<Pipes, CriError> {
+        self.start_command(process, command, takes_input).await
+    }
+
+    async fn wait(&self, process: &Process<'_>) -> Result<i32, CriError> {
+        self.wait_for_command(process).await
+    }
+
+    async fn close_input(&self, process: &Process<'_>) -> Result<(), CriError> {
+        Self::close_input(self, process).await
+    }
+
+    async fn end(&self, process: &Process<'_>) -> Result<(), CriError> {
+        self.end_command(process).await
+    }
 }
 
 #[cfg(test)]
@@ -194,5 +250,6 @@ mod tests {
         let exited = Status::unknown("failed to exec in container: container is in CONTAINER_EXITED state");
         assert!(matches!(error_of(&exited, None), CriError::Gone));
         assert!(matches!(error_of(&Status::unavailable("x"), None), CriError::Unreachable(_)));
+        assert!(matches!(error_of(&Status::unimplemented("unknown service"), None), CriError::NotContainerd));
     }
 }

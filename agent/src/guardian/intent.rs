@@ -1,4 +1,4 @@
-//! What is to be thawed, on the node's disk, written before anything is frozen.
+//! What is to be thawed or ended, on the node's disk, written before anything is frozen or started.
 //!
 //! Whoever keeps a workload at rest holds a lock on its file. The kernel lets go of the lock when the process dies, so
 //! another that gets it knows that nobody is left to thaw.
@@ -22,14 +22,16 @@ pub(crate) enum Thaw {
     Command { container: String, command: Option<Vec<String>> },
     /// File systems are frozen.
     Volumes { paths: Vec<PathBuf> },
+    /// A stream's command runs in the container: it is ended.
+    Stream { container: String, process: String },
 }
 
-/// One workload that may be frozen.
+/// One workload that may be frozen, or one command that may run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Intent {
-    /// The name of the lease.
+    /// The name of the lease, or of the command.
     pub(crate) lease: String,
-    /// The end of the freeze, in hundredths of a second since boot.
+    /// The end of the freeze or of the command, in hundredths of a second since boot.
     pub(crate) end: u64,
     pub(crate) thaw: Thaw,
 }

@@ -1,13 +1,16 @@
-//! The quiesce guardian: holds the workloads of its node at rest for a moment, and thaws them whatever dies.
+//! The quiesce guardian: holds the workloads of its node at rest for a moment, and thaws them whatever dies. It also runs the
+//! commands of streams, since it alone has the runtime's socket.
 //!
-//! A second guardian on the node (`--second`) freezes nothing; it thaws what the first one leaves when it dies.
+//! A second guardian on the node (`--second`) freezes and starts nothing; it thaws and ends what the first one leaves when it dies.
 
 mod container;
+mod containerd;
 mod cri;
 mod fsfreeze;
 mod intent;
 mod keeper;
 mod leases;
+mod streams;
 mod sweep;
 #[cfg(test)]
 mod testing;
@@ -48,6 +51,9 @@ pub(crate) struct GuardOptions {
     /// kubelet's directory.
     #[arg(long, default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
+    /// Where the agent of this node asks for the commands of streams.
+    #[arg(long, default_value = crate::STREAMS_SOCKET)]
+    streams_socket: PathBuf,
     /// Where metrics are served.
     #[arg(long, default_value = "0.0.0.0:8082")]
     metrics_addr: SocketAddr,
@@ -79,12 +85,14 @@ pub(crate) async fn run(options: GuardOptions) -> Result<()> {
         return Ok(());
     }
     let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
-    let leases = kube::Api::namespaced(client, &options.namespace);
+    let leases = kube::Api::namespaced(client.clone(), &options.namespace);
+    let tasks = kube::Api::namespaced(client, &options.namespace);
     let readiness = Readiness::default();
     let registry = prometheus_client::registry::Registry::default();
     tokio::select! {
         ended = leases::work(Arc::clone(&guardian), leases, &options.node, readiness.clone()) => ended,
         () = guardian.keep_sweeping() => Ok(()),
+        ended = streams::serve(Arc::clone(&guardian), tasks, options.node.clone(), &options.streams_socket) => ended,
         ended = server::serve(options.health_addr, options.metrics_addr, readiness, registry) => ended,
         // What is held has lost its holder then: the second guardian and the watchdogs in the containers let go.
         ended = crate::until_told_to_end() => ended,

@@ -1,13 +1,15 @@
-//! Thaws what a guardian that died has left frozen.
+//! Thaws what a guardian that died has left frozen, and ends what it has left running.
 //!
 //! Two processes of a node do this, so that the death of one is covered by the other at once, and that of both by the
 //! first that is started again.
 
 use std::time::Duration;
 
+use futures::future::join_all;
 use lifeboat_process::hold::BootTime;
 use tracing::{info, warn};
 
+use super::containerd::Process;
 use super::cri::Containers;
 use super::intent::{Found, Intent, Thaw};
 use super::keeper::Guardian;
@@ -32,29 +34,34 @@ impl<C: Containers> Guardian<C> {
                 return 1;
             }
         };
-        let mut failed = 0;
-        for one in found {
-            match one {
-                Found::Orphan(intent, locked) => match self.thaw(&intent.thaw).await {
-                    Ok(()) => {
-                        info!(lease = intent.lease, "thawed what a guardian that died had left");
-                        locked.remove();
-                    }
-                    Err(why) => {
-                        warn!(lease = intent.lease, why, "what a guardian that died had left may still be frozen");
-                        failed += 1;
-                    }
-                },
-                Found::Kept(intent) if is_stuck(&intent) => {
-                    if let Err(why) = self.thaw(&intent.thaw).await {
-                        warn!(lease = intent.lease, why, "an overdue freeze may still last");
-                        failed += 1;
-                    }
+        // Beside each other: what is frozen does not wait for what is slow to end.
+        let settled = join_all(found.into_iter().map(|one| self.settle(one))).await;
+        settled.into_iter().filter(|is_settled| !is_settled).count()
+    }
+
+    /// `false`: it could not be thawed or ended.
+    async fn settle(&self, found: Found) -> bool {
+        match found {
+            Found::Orphan(intent, locked) => match self.thaw(&intent.thaw).await {
+                Ok(()) => {
+                    info!(lease = intent.lease, "thawed or ended what a guardian that died had left");
+                    locked.remove();
+                    true
                 }
-                Found::Kept(_) => {}
-            }
+                Err(why) => {
+                    warn!(lease = intent.lease, why, "what a guardian that died had left may still be frozen or run");
+                    false
+                }
+            },
+            Found::Kept(intent) if is_stuck(&intent) => match self.thaw(&intent.thaw).await {
+                Ok(()) => true,
+                Err(why) => {
+                    warn!(lease = intent.lease, why, "an overdue freeze or command may still last");
+                    false
+                }
+            },
+            Found::Kept(_) => true,
         }
-        failed
     }
 
     /// Sweeps for ever.
@@ -75,6 +82,10 @@ impl<C: Containers> Guardian<C> {
             Thaw::Volumes { paths } => {
                 let thaw = |path: &std::path::PathBuf| fsfreeze::thaw_at(path).map_err(|error| error.to_string());
                 paths.iter().rev().map(thaw).fold(Ok(()), Result::and)
+            }
+            Thaw::Stream { container, process } => {
+                let ended = self.containers.end(&Process { container, id: process }).await;
+                ended.map_err(|error| error.to_string())
             }
         }
     }

@@ -1,22 +1,45 @@
 //! Containers that are processes of this machine, for tests: what is written in `sh` runs for real.
 
+use std::collections::HashMap;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use lifeboat_crds::quiesce_lease::{LeasePhase, LeasedWorkload, QuiesceAction, QuiesceLeaseSpec, QuiesceLeaseStatus};
+use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::containerd::{Pipes, Process};
 use super::cri::{Containers, CriError, Ended};
 use super::intent::Intents;
 use super::keeper::Guardian;
 
-/// Runs commands here. Like a runtime, it kills the first process of a command when nobody waits for it any more.
+/// Runs commands here. Like a runtime, it kills the first process of a command when nobody waits for it any more, but for those that
+/// were started: they run on.
 pub(super) struct Local {
     /// A container without a shell.
     pub(super) has_shell: bool,
+    started: Mutex<HashMap<String, Started>>,
+}
+
+/// A command that was started.
+#[derive(Clone)]
+struct Started {
+    kill: CancellationToken,
+    code: watch::Receiver<Option<i32>>,
+}
+
+impl Local {
+    pub(super) fn new(has_shell: bool) -> Self {
+        Self { has_shell, started: Mutex::default() }
+    }
+
+    /// Whether a command of this id was started and not ended by us.
+    pub(super) fn has(&self, id: &str) -> bool {
+        self.started.lock().unwrap().contains_key(id)
+    }
 }
 
 impl Containers for Local {
@@ -39,6 +62,58 @@ impl Containers for Local {
         let output = output.map_err(|error| CriError::Unreachable(error.to_string()))?;
         Ok(Ended { code: output.status.code().unwrap_or(137), stdout: output.stdout, stderr: output.stderr })
     }
+
+    async fn start(&self, process: &Process<'_>, command: &[String], takes_input: bool) -> Result<Pipes, CriError> {
+        let input = if takes_input { Stdio::piped() } else { Stdio::null() };
+        let started = tokio::process::Command::new(&command[0])
+            .args(&command[1..])
+            .stdin(input)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut child = started.map_err(|_| CriError::NoProgram(command[0].clone()))?;
+        let receiver = |fd: std::io::Result<std::os::fd::OwnedFd>| Receiver::from_owned_fd(fd.unwrap()).unwrap();
+        let pipes = Pipes {
+            input: child.stdin.take().map(|input| Sender::from_owned_fd(input.into_owned_fd().unwrap()).unwrap()),
+            output: receiver(child.stdout.take().unwrap().into_owned_fd()),
+            errors: receiver(child.stderr.take().unwrap().into_owned_fd()),
+        };
+        let (told, code) = watch::channel(None);
+        let kill = CancellationToken::new();
+        let killed = kill.clone();
+        tokio::spawn(async move {
+            let status = tokio::select! {
+                status = child.wait() => status,
+                () = killed.cancelled() => {
+                    child.start_kill().unwrap();
+                    child.wait().await
+                }
+            };
+            told.send_replace(Some(status.unwrap().code().unwrap_or(137)));
+        });
+        self.started.lock().unwrap().insert(process.id.to_owned(), Started { kill, code });
+        Ok(pipes)
+    }
+
+    async fn wait(&self, process: &Process<'_>) -> Result<i32, CriError> {
+        let mut started = self.started.lock().unwrap().get(process.id).cloned().ok_or(CriError::Gone)?;
+        let code = started.code.wait_for(Option::is_some).await;
+        code.ok().and_then(|code| *code).ok_or(CriError::Gone)
+    }
+
+    async fn close_input(&self, _: &Process<'_>) -> Result<(), CriError> {
+        Ok(())
+    }
+
+    async fn end(&self, process: &Process<'_>) -> Result<(), CriError> {
+        let started = self.started.lock().unwrap().get(process.id).cloned();
+        if let Some(mut started) = started {
+            started.kill.cancel();
+            started.code.wait_for(Option::is_some).await.map_err(|_| CriError::Gone)?;
+            self.started.lock().unwrap().remove(process.id);
+        }
+        Ok(())
+    }
 }
 
 /// One lease on a node of its own.
@@ -59,7 +134,7 @@ impl Node {
         let kubelet_dir = folder.path().to_owned();
         let (report, status) = watch::channel(QuiesceLeaseStatus::default());
         Self {
-            guardian: Arc::new(Guardian { containers: Local { has_shell }, intents, kubelet_dir }),
+            guardian: Arc::new(Guardian { containers: Local::new(has_shell), intents, kubelet_dir }),
             released: CancellationToken::new(),
             name: format!("test-{name}-{}", std::process::id()),
             report,

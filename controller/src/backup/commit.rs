@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::Run;
 use crate::context::Context;
-use crate::recovery_point::{Description, SCHEMA, Volume, lineage, tags};
+use crate::recovery_point::{Description, Stream, Volume, lineage, schema, tags};
 
 impl Run {
     /// The pinned repository, opened.
@@ -65,8 +65,20 @@ async fn describe(run: &Run, context: &Context) -> Result<Description> {
     for volume in run.status.volumes.iter().filter(|volume| volume.method != VolumeMethod::Skip) {
         volumes.push(Volume { claim: volume.claim.clone(), snapshot: snapshot_id(volume.snapshot.as_ref())? });
     }
+    let mut streams = Vec::new();
+    for stream in &run.status.streams {
+        let rules = run.status.plan.iter().flat_map(|plan| &plan.streams);
+        let rule = rules.clone().find(|rule| rule.name == stream.name).context("a stream is not in the plan")?;
+        streams.push(Stream {
+            name: stream.name.clone(),
+            snapshot: snapshot_id(stream.snapshot.as_ref())?,
+            selector: rule.selector.clone(),
+            container: rule.container.clone(),
+            restore: rule.restore.clone(),
+        });
+    }
     Ok(Description {
-        schema: SCHEMA,
+        schema: schema(&streams),
         cluster: context.cluster().await?.to_owned(),
         namespace: run.namespace.clone(),
         namespace_uid: namespace.uid().unwrap_or_default(),
@@ -77,6 +89,7 @@ async fn describe(run: &Run, context: &Context) -> Result<Description> {
         freeze_millis: run.status.quiesce.as_ref().and_then(|quiesce| quiesce.freeze_millis),
         objects: snapshot_id(run.status.objects.as_ref().and_then(|objects| objects.snapshot.as_ref()))?,
         volumes,
+        streams,
         skipped: run.status.volumes.iter().map(|volume| volume.skipped).sum(),
     })
 }
@@ -164,7 +177,8 @@ async fn fail_with(run: &mut Run, context: &Context, error: &AccessError) -> Res
 async fn succeed(run: &mut Run, context: &Context, description: &Description, point: &Snapshot) -> Result<()> {
     let now = Timestamp::now();
     let objects = run.status.stored_bytes.unwrap_or(0);
-    let transfers = || run.status.volumes.iter().filter_map(|volume| volume.transfer);
+    let of_streams = run.status.streams.iter().filter_map(|stream| stream.transfer);
+    let transfers = || run.status.volumes.iter().filter_map(|volume| volume.transfer).chain(of_streams);
     let (read, stored): (u64, u64) =
         transfers().fold((0, 0), |(read, stored), t| (read + t.read_bytes, stored + t.stored_bytes));
     run.status.read_bytes = Some(read);
@@ -172,7 +186,7 @@ async fn succeed(run: &mut Run, context: &Context, description: &Description, po
     run.status.consistency = Some(description.consistency);
     run.status.recovery_point = Some(point.id.to_string());
     run.status.completion_time = Some(Time(now));
-    run.set(ConditionType::Captured, State::True, Reason::Done, "objects and volumes are in the repository");
+    run.set(ConditionType::Captured, State::True, Reason::Done, "objects, volumes and streams are in the repository");
     note_wrong_lists(run, context).await;
     let unread: Vec<_> = run.status.volumes.iter().filter(|volume| volume.skipped > 0).collect();
     let (phase, reason, message) = if unread.is_empty() {

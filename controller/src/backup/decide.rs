@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
-use lifeboat_crds::backup::VolumeBackupStatus;
+use lifeboat_crds::backup::{StreamBackupStatus, VolumeBackupStatus};
 use lifeboat_crds::conditions::{self, ConditionType, Reason};
 use lifeboat_crds::plan::{OnQuiesceFailure, VolumeMethod};
 use lifeboat_crds::{BackupStatus, VolumeTask};
 
+use crate::stream;
 use crate::task::{self, Standing};
 
 /// The storage must have made all snapshots within this time.
@@ -26,7 +27,7 @@ pub(super) struct Facts<'a> {
     /// The volume tasks of this backup, by name.
     pub(super) tasks: &'a BTreeMap<String, VolumeTask>,
     pub(super) uid: &'a str,
-    /// An application's pod whose volume is still to be read and that is gone.
+    /// An application's pod whose volume is still to be read, or in which a stream's command runs, and that is gone.
     pub(super) vanished: Option<String>,
     /// Claims whose snapshot was mounted by a pod that is gone.
     pub(super) lost: Vec<String>,
@@ -49,8 +50,10 @@ pub(super) enum Step {
     Thaw,
     /// Have volumes read that running pods have mounted.
     StartTasks,
-    /// Mount snapshots, and have those read that are mounted.
+    /// Ask for turns, mount snapshots, and have those read that are mounted.
     Expose,
+    /// Have the commands of streams run.
+    Dump,
     /// Mount the snapshot of this claim anew.
     Renew(String),
     /// Until then at the latest; until something changes when there is no time.
@@ -78,6 +81,7 @@ impl Step {
             Self::Cut => "Cut",
             Self::Thaw => "Thaw",
             Self::Expose => "Expose",
+            Self::Dump => "Dump",
             Self::Renew(_) => "Renew",
             Self::Wait(_) => "Wait",
             Self::Commit => "Commit",
@@ -90,7 +94,7 @@ impl Step {
 }
 
 /// The names of all steps, in the order in which a backup takes them; those that follow a failure last.
-pub(crate) const STEPS: [&str; 17] = [
+pub(crate) const STEPS: [&str; 18] = [
     "Hold",
     "Resolve",
     "Admit",
@@ -101,6 +105,7 @@ pub(crate) const STEPS: [&str; 17] = [
     "Wait",
     "Thaw",
     "Expose",
+    "Dump",
     "Commit",
     "Clean",
     "Nothing",
@@ -141,6 +146,21 @@ pub(super) fn is_unexposed(uid: &str, volume: &VolumeBackupStatus, tasks: &BTree
         && !is_uncut(volume)
         && volume.snapshot.is_none()
         && !tasks.contains_key(&task_name(uid, volume))
+}
+
+/// The name of the task that runs a stream's command.
+pub(super) fn stream_task(uid: &str, stream: &StreamBackupStatus) -> String {
+    task::name('s', uid, &stream::key(&stream.name))
+}
+
+/// Whether a stream is still to have its turn.
+pub(super) fn is_undispatched(stream: &StreamBackupStatus) -> bool {
+    stream.dispatched_at.is_none() && stream.snapshot.is_none()
+}
+
+/// Whether a stream had its turn and nobody was asked to read it yet.
+pub(super) fn lacks_task(uid: &str, stream: &StreamBackupStatus, tasks: &BTreeMap<String, VolumeTask>) -> bool {
+    stream.dispatched_at.is_some() && stream.snapshot.is_none() && !tasks.contains_key(&stream_task(uid, stream))
 }
 
 /// What is done next.
@@ -222,16 +242,21 @@ fn after_freeze(facts: &Facts<'_>, now: Timestamp) -> Step {
     read_snapshots(facts)
 }
 
-/// The application runs; what is left is to read the snapshots.
+/// The application runs; what is left is to read the snapshots and the streams.
 fn read_snapshots(facts: &Facts<'_>) -> Step {
     let snapshots = || facts.status.volumes.iter().filter(|volume| volume.method.is_snapshot());
     if let Some(volume) = snapshots().find(|volume| is_lost(facts, volume)) {
         return Step::Renew(volume.claim.clone());
     }
-    if snapshots().any(|volume| is_unexposed(facts.uid, volume, facts.tasks)) {
+    let streams = &facts.status.streams;
+    if streams.iter().any(|stream| lacks_task(facts.uid, stream, facts.tasks)) {
+        return Step::Dump;
+    }
+    if snapshots().any(|volume| is_unexposed(facts.uid, volume, facts.tasks)) || streams.iter().any(is_undispatched) {
         return Step::Expose;
     }
-    let all_read = snapshots().all(|volume| volume.snapshot.is_some());
+    let all_read =
+        snapshots().all(|volume| volume.snapshot.is_some()) && streams.iter().all(|stream| stream.snapshot.is_some());
     if all_read { Step::Commit } else { Step::Wait(None) }
 }
 
@@ -261,11 +286,23 @@ fn failure(facts: &Facts<'_>, now: Timestamp) -> Option<(Reason, String)> {
     if let Some(failure) = status.volumes.iter().find_map(|volume| volume_failure(facts, volume, now)) {
         return Some(failure);
     }
+    if let Some(failure) = status.streams.iter().find_map(|stream| stream_failure(facts, stream, now)) {
+        return Some(failure);
+    }
     let pod = facts.vanished.as_ref()?;
     Some((
         Reason::PodVanished,
-        format!("the pod {pod} ended while its volume was to be read; the next backup reads its successor"),
+        format!(
+            "the pod {pod} ended while its volume or a stream of it was to be read; the next backup reads its successor"
+        ),
     ))
+}
+
+/// Why a stream was not read, if it was not. Nothing of its output is kept then.
+fn stream_failure(facts: &Facts<'_>, stream: &StreamBackupStatus, now: Timestamp) -> Option<(Reason, String)> {
+    let task = facts.tasks.get(&stream_task(facts.uid, stream))?;
+    let Standing::Failed(reason, message) = task::standing(task, now) else { return None };
+    Some((Reason::from_text(&reason), format!("the stream {} was not stored: {message}", stream.name)))
 }
 
 /// Why a volume cannot be read, if it cannot.

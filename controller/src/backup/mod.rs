@@ -1,4 +1,5 @@
-//! `Backup`: resolves a plan, captures objects, freezes, cuts snapshots, thaws, has volumes read, commits the recovery point.
+//! `Backup`: resolves a plan, captures objects, freezes, cuts snapshots, thaws, has volumes and streams read, commits the recovery
+//! point.
 //!
 //! Every step relies only on facts that were written down before it: a controller that starts anywhere in between
 //! reads them and goes on.
@@ -14,6 +15,7 @@ mod lists;
 mod method;
 mod quiesce;
 mod resolve;
+mod streams;
 mod sweep;
 mod turn;
 
@@ -39,7 +41,7 @@ use kube::runtime::controller::{Action, Controller};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
-use lifeboat_crds::backup::{DeletionPolicy, Phase, VolumeBackupStatus};
+use lifeboat_crds::backup::{DeletionPolicy, Phase, StreamBackupStatus, VolumeBackupStatus};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
@@ -214,9 +216,13 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
         }
         Step::Expose => {
             let pause = turn::dispatch(run, context).await?;
+            if conditions::is_finished(&run.status.conditions) {
+                return Ok(Next::Look);
+            }
             Box::pin(expose::expose(run, context)).await?;
             return Ok(Next::Wait(pause.unwrap_or(MOUNT_PAUSE)));
         }
+        Step::Dump => streams::start(run, context).await?,
         Step::Renew(claim) => expose::renew(run, context, &claim).await?,
         Step::Wait(until) => {
             run.status.phase = Phase::Running;
@@ -273,6 +279,7 @@ async fn set_finalizer(backup: &Backup, context: &Context, finalizer: &str, pres
 /// Takes over what the tasks say.
 fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
     let now = Timestamp::now();
+    observe_streams(run, tasks, now);
     for volume in &mut run.status.volumes {
         let Some(task) = tasks.get(&decide::task_name(&run.uid, volume)) else { continue };
         volume.message = None;
@@ -297,6 +304,38 @@ fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
     }
 }
 
+/// Takes over what the tasks of streams say.
+fn observe_streams(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>, now: Timestamp) {
+    for stream in &mut run.status.streams {
+        let Some(task) = tasks.get(&decide::stream_task(&run.uid, stream)) else { continue };
+        stream.message = None;
+        match task::standing(task, now) {
+            Standing::Waiting(message) => stream.message = message,
+            Standing::Running(message) => {
+                stream.phase = Phase::Running;
+                stream.message = message;
+            }
+            Standing::Failed(_, message) => {
+                stream.phase = Phase::Failed;
+                stream.message = Some(message);
+            }
+            Standing::Succeeded => take_stream(stream, task),
+        }
+        if stream.snapshot.is_none()
+            && let Some(progress) = task.status.as_ref().and_then(|status| status.progress)
+        {
+            stream.transfer.get_or_insert_default().read_bytes = progress.bytes_done;
+        }
+    }
+}
+
+fn take_stream(stream: &mut StreamBackupStatus, task: &VolumeTask) {
+    let Some(result) = task.status.as_ref().and_then(|status| status.result.as_ref()) else { return };
+    stream.phase = Phase::Succeeded;
+    stream.snapshot = Some(result.snapshot.clone());
+    stream.transfer = Some(result.transfer);
+}
+
 fn take_result(volume: &mut VolumeBackupStatus, task: &VolumeTask) {
     let Some(result) = task.status.as_ref().and_then(|status| status.result.as_ref()) else { return };
     volume.phase = if result.skipped == 0 { Phase::Succeeded } else { Phase::Partial };
@@ -307,8 +346,8 @@ fn take_result(volume: &mut VolumeBackupStatus, task: &VolumeTask) {
     volume.skipped_sample.clone_from(&result.skipped_sample);
 }
 
-/// Pods whose volumes are still to be read and that are gone or going: the first one of the application, and the claims
-/// whose snapshots pods of ours had mounted.
+/// Pods whose volumes or streams are still to be read and that are gone or going: the first one of the application, and the
+/// claims whose snapshots pods of ours had mounted.
 async fn vanished(run: &Run, context: &Context) -> Result<(Option<String>, Vec<String>)> {
     let (mut vanished, mut lost) = (None, Vec::new());
     if conditions::is_finished(&run.status.conditions) {
@@ -329,7 +368,31 @@ async fn vanished(run: &Run, context: &Context) -> Result<(Option<String>, Vec<S
             vanished.get_or_insert_with(|| name.clone());
         }
     }
+    let unread = |stream: &&StreamBackupStatus| stream.dispatched_at.is_some() && stream.snapshot.is_none();
+    for stream in run.status.streams.iter().filter(unread) {
+        let Some(name) = &stream.pod else { continue };
+        let found = context.namespaced::<Pod>(&run.namespace).get_opt(name).await.context("cannot read a pod")?;
+        if found.is_none_or(|pod| pod.uid() != stream.pod_uid || !resolve::is_readable(&pod)) {
+            vanished.get_or_insert_with(|| name.clone());
+        }
+    }
     Ok((vanished, lost))
+}
+
+/// How a task gets at the pinned repository. `Err`: why the backup cannot go on.
+async fn access(run: &Run, context: &Context) -> Result<Result<RepositoryAccess, (Reason, String)>> {
+    let pinned = run.status.repository.clone().context("no repository is pinned")?;
+    let repositories: Api<ClusterRepository> = Api::all(context.client.clone());
+    let Some(repository) = repositories.get_opt(&pinned.name).await.context("cannot read the ClusterRepository")?
+    else {
+        return Ok(Err((Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))));
+    };
+    Ok(Ok(RepositoryAccess {
+        name: pinned.name,
+        id: pinned.id,
+        backend: repository.spec.backend,
+        encryption_secret: repository.spec.encryption.secret_ref,
+    }))
 }
 
 /// What a task that reads a volume is made of. `Err`: why the backup cannot go on.
@@ -340,11 +403,9 @@ async fn order(
     node: &str,
     mount: MountedVolume,
 ) -> Result<Result<Order, (Reason, String)>> {
-    let pinned = run.status.repository.clone().context("no repository is pinned")?;
-    let repositories: Api<ClusterRepository> = Api::all(context.client.clone());
-    let Some(repository) = repositories.get_opt(&pinned.name).await.context("cannot read the ClusterRepository")?
-    else {
-        return Ok(Err((Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))));
+    let repository = match access(run, context).await? {
+        Ok(repository) => repository,
+        Err(refused) => return Ok(Err(refused)),
     };
     let cluster = context.cluster().await?;
     let mut tags = run.tags(cluster);
@@ -355,12 +416,8 @@ async fn order(
         owner_uid: run.uid.clone(),
         node: node.to_owned(),
         volume: Some(mount),
-        repository: RepositoryAccess {
-            name: pinned.name,
-            id: pinned.id,
-            backend: repository.spec.backend,
-            encryption_secret: repository.spec.encryption.secret_ref,
-        },
+        workload: None,
+        repository,
         operation: Operation::Backup(BackupOperation {
             lineage: volume_lineage(cluster, &run.namespace, &volume.claim),
             tags,

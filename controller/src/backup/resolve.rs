@@ -16,7 +16,7 @@ use lifeboat_crds::{BackupPolicy, ClusterRepository};
 use tracing::info;
 
 use super::method::{self, Selected};
-use super::{Run, quiesce};
+use super::{Run, quiesce, streams};
 use crate::context::Context;
 use crate::object::ResourceName;
 use crate::scope::selects;
@@ -167,12 +167,17 @@ pub(super) async fn resolve(run: &mut Run, context: &Context) -> Result<Option<D
         Ok(volumes) => volumes,
         Err(refusal) => return refuse(run, context, refusal).await,
     };
+    let streams = match streams::resolve(run, &plan, context).await? {
+        Ok(streams) => streams,
+        Err(refusal) => return refuse(run, context, refusal).await,
+    };
     quiesce::adopt_declared(run, &mut plan, context).await?;
     info!(repository = name, volumes = volumes.len(), "resolved");
     let id = repository.status.and_then(|status| status.id).unwrap_or_default();
     run.status.repository = Some(PinnedRepository { name, id });
     run.status.plan = Some(plan);
     run.status.volumes = volumes;
+    run.status.streams = streams;
     run.status.start_time = Some(Time(Timestamp::now()));
     run.status.phase = Phase::Running;
     run.set(ConditionType::Resolved, State::True, Reason::Done, "the plan is pinned");

@@ -1,4 +1,5 @@
-//! Asks for turns: before an application is brought to rest, and for each snapshot before it is mounted and read. Never in between.
+//! Asks for turns: before an application is brought to rest, for each snapshot before it is mounted and read, and for each stream.
+//! Never in between.
 
 use std::time::Duration;
 
@@ -7,13 +8,13 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 
-use super::{Run, decide};
+use super::{Run, decide, streams};
 use crate::context::Context;
 use crate::dispatch::{self, Kind, Need, Place, Verdict, Work};
 use crate::task;
 
 impl Run {
-    fn work(&self, key: String, need: Need) -> Work {
+    pub(super) fn work(&self, key: String, need: Need) -> Work {
         Work {
             key,
             kind: Kind::Backup,
@@ -57,17 +58,23 @@ pub(super) async fn admit(run: &mut Run, context: &Context) -> Result<Option<Dur
     Ok(pause)
 }
 
-/// Asks for the turns of all snapshots that are still to be mounted. `Some`: none of them is being mounted; ask again after this.
+/// Asks for the turns of all streams that are still to run and all snapshots that are still to be mounted. `Some`: nothing goes on;
+/// ask again after this. The backup may have ended when this returns.
 pub(super) async fn dispatch(run: &mut Run, context: &Context) -> Result<Option<Duration>> {
     let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
-    let (mut waits, mut pauses, mut mounting) = (None, Vec::new(), false);
+    let streams::Turns { begins, mut waits, mut pauses, refused } = streams::ask(run, context).await?;
+    if let Some((reason, message)) = refused {
+        run.fail(context, reason, message).await?;
+        return Ok(Some(Duration::ZERO));
+    }
+    let mut goes_on = begins;
     for number in 0..run.status.volumes.len() {
         let volume = &run.status.volumes[number];
         if !decide::is_unexposed(&run.uid, volume, &tasks) {
             continue;
         }
         if volume.dispatched_at.is_some() {
-            mounting = true;
+            goes_on = true;
             continue;
         }
         let place = match &volume.volume {
@@ -81,7 +88,7 @@ pub(super) async fn dispatch(run: &mut Run, context: &Context) -> Result<Option<
             Verdict::Start(node) => {
                 (volume.node, volume.message) = (node, None);
                 volume.dispatched_at = Some(Time(Timestamp::now()));
-                mounting = true;
+                goes_on = true;
             }
             Verdict::Wait { reason, message, ahead } => {
                 volume.message = Some(format!("waiting for its turn: {message}"));
@@ -96,5 +103,5 @@ pub(super) async fn dispatch(run: &mut Run, context: &Context) -> Result<Option<
     if run.backup.status.as_ref() != Some(&run.status) {
         run.save(context).await?;
     }
-    Ok(pauses.into_iter().min().filter(|_| !mounting))
+    Ok(pauses.into_iter().min().filter(|_| !goes_on))
 }

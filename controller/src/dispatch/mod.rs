@@ -191,7 +191,8 @@ where
     Ok(store)
 }
 
-fn is_ready(pod: &Pod) -> bool {
+/// Whether a pod is ready and stays.
+pub(crate) fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     pod.metadata.deletion_timestamp.is_none()
         && conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")

@@ -7,6 +7,7 @@ use lifeboat_crds::conditions::{self, ConditionType};
 use lifeboat_crds::{Backup, BackupStatus, Restore, labels};
 
 use super::decide::{Kind, Running};
+use crate::stream;
 
 /// The key of an application that is brought to rest.
 pub(crate) fn rest_key(backup_uid: &str) -> String {
@@ -71,6 +72,10 @@ pub(super) fn of_backup(backup: &Backup) -> Vec<Running> {
     all.extend(read.map(|volume| {
         running(volume_key(&uid, &crate::backup::reading_key(volume)), volume.node.iter().cloned().collect(), false)
     }));
+    let streams = status.streams.iter().filter(|stream| stream.dispatched_at.is_some() && stream.snapshot.is_none());
+    all.extend(streams.map(|stream| {
+        running(volume_key(&uid, &stream::key(&stream.name)), stream.node.iter().cloned().collect(), false)
+    }));
     all
 }
 
@@ -81,13 +86,17 @@ pub(super) fn of_restore(restore: &Restore) -> Vec<Running> {
     };
     let uid = restore.uid().unwrap_or_default();
     let filled = status.volumes.iter().filter(|volume| volume.phase == Phase::Running);
+    let filled = filled.map(|volume| (volume.claim.clone(), &volume.node));
+    let fed = status.streams.iter().filter(|stream| stream.phase == Phase::Running);
+    let fed = fed.map(|stream| (stream::key(&stream.name), &stream.node));
     filled
-        .map(|volume| Running {
-            key: volume_key(&uid, &volume.claim),
+        .chain(fed)
+        .map(|(key, node)| Running {
+            key: volume_key(&uid, &key),
             kind: Kind::Restore,
             repository: status.repository.as_ref().map(|repository| repository.name.clone()).unwrap_or_default(),
             namespace: restore.namespace().unwrap_or_default(),
-            nodes: volume.node.iter().cloned().collect(),
+            nodes: node.iter().cloned().collect(),
             rests: false,
         })
         .collect()
@@ -148,6 +157,29 @@ mod tests {
         assert!(all(copied(false, false)).is_empty());
         assert_eq!(all(copied(true, false)).iter().map(|one| one.nodes.clone()).collect::<Vec<_>>(), [["n2"]]);
         assert!(all(copied(true, true)).is_empty());
+    }
+
+    #[test]
+    fn a_stream_counts_while_its_command_runs() {
+        let all = |stream: Value| {
+            let all = backup(&json!({"objects": {"count": 1}, "conditions": thawed(), "streams": [stream]}));
+            all.into_iter().map(|one| (one.key, one.nodes)).collect::<Vec<_>>()
+        };
+        let at = "2026-01-01T00:00:00Z";
+        assert!(all(json!({"name": "a.sql"})).is_empty());
+        let running = all(json!({"name": "a.sql", "node": "n1", "dispatchedAt": at}));
+        assert_eq!(running, [("u/~a.sql".to_owned(), vec!["n1".to_owned()])]);
+        assert!(all(json!({"name": "a.sql", "node": "n1", "dispatchedAt": at, "snapshot": "ab"})).is_empty());
+        let restore = json!({
+            "apiVersion": "lifeboat.dev/v1alpha1", "kind": "Restore", "metadata": {"name": "r", "namespace": "n", "uid": "u"},
+            "spec": {"source": {"backupRef": {"name": "b"}}},
+            "status": {"streams": [{"name": "a.sql", "snapshot": "ab", "node": "n2", "phase": "Running"}, {"name": "b.sql", "snapshot": "cd"}]}
+        });
+        let found = of_restore(&serde_json::from_value(restore).unwrap());
+        assert_eq!(
+            found.iter().map(|one| (one.key.as_str(), one.nodes.clone())).collect::<Vec<_>>(),
+            [("u/~a.sql", vec!["n2".to_owned()])]
+        );
     }
 
     #[test]

@@ -206,6 +206,7 @@ async fn start(
         owner_uid: uid,
         node,
         volume: None,
+        workload: None,
         repository: RepositoryAccess {
             name: repository.name_any(),
             id,

@@ -21,6 +21,7 @@ use super::Run;
 use super::claims::captured_objects;
 use super::cluster;
 use super::plan::Captured;
+use super::streams;
 use crate::backup::capture_resources;
 use crate::context::Context;
 use crate::object::{ANSWERING_WAVE, cluster_wave, restored_cluster_form, restored_form, wave};
@@ -237,7 +238,7 @@ pub(super) async fn put_all(
     }
 }
 
-/// Applies all objects and ends the restore.
+/// Applies all objects, and ends the restore unless streams are left to restore.
 pub(super) async fn apply(run: &mut Run, context: &Context) -> Result<()> {
     let repository = match run.open_repository(context).await? {
         Ok((repository, _)) => repository,
@@ -260,7 +261,7 @@ pub(super) async fn apply(run: &mut Run, context: &Context) -> Result<()> {
         }
     });
     let counts = put_all(run, context, account.as_ref(), objects).await?;
-    end(run, context, counts).await
+    applied(run, context, counts).await
 }
 
 /// Claims that this restore made and filled: they exist, and that is no news.
@@ -269,16 +270,29 @@ fn is_filled_claim(captured: &Captured, run: &Run) -> bool {
         && run.status.volumes.iter().any(|volume| volume.claim == captured.name)
 }
 
-async fn end(run: &mut Run, context: &Context, counts: ObjectsRestoreStatus) -> Result<()> {
+async fn applied(run: &mut Run, context: &Context, counts: ObjectsRestoreStatus) -> Result<()> {
+    let (all, failed, problems) = (told(&counts), counts.failed, counts.problems.join("; "));
+    run.status.objects = Some(counts);
+    if failed > 0 {
+        return run.fail(context, Reason::ApplyFailed, format!("{all}, {failed} refused: {problems}")).await;
+    }
+    if streams::are_left(run) {
+        streams::note_begin(run, "objects and volumes are back; streams are being restored");
+        return run.save(context).await;
+    }
+    finish(run, context).await
+}
+
+fn told(counts: &ObjectsRestoreStatus) -> String {
+    format!("{} objects created, {} updated, {} left as they were", counts.created, counts.updated, counts.skipped)
+}
+
+/// Ends the restore well.
+pub(super) async fn finish(run: &mut Run, context: &Context) -> Result<()> {
+    let counts = run.status.objects.clone().unwrap_or_default();
     let files: u64 = run.status.volumes.iter().map(|volume| volume.failed).sum();
     let outside = run.status.cluster_objects.as_ref().map_or(0, |objects| objects.skipped);
-    let all =
-        format!("{} objects created, {} updated, {} left as they were", counts.created, counts.updated, counts.skipped);
-    if counts.failed > 0 {
-        let message = format!("{all}, {} refused: {}", counts.failed, counts.problems.join("; "));
-        run.status.objects = Some(counts);
-        return run.fail(context, Reason::ApplyFailed, message).await;
-    }
+    let all = format!("{}{}", told(&counts), streams::note_end(run));
     let (phase, reason, message) = if files > 0 || counts.skipped > 0 || outside > 0 {
         let message = format!(
             "{all}; {files} files not restored in full, {outside} cluster-scoped objects not as the application needs them: see status.volumes, status.objects and status.clusterObjects"
@@ -288,7 +302,6 @@ async fn end(run: &mut Run, context: &Context, counts: ObjectsRestoreStatus) -> 
         (Phase::Succeeded, Reason::Completed, all)
     };
     info!(created = counts.created, skipped = counts.skipped, files, outside, "succeeded");
-    run.status.objects = Some(counts);
     run.status.phase = phase;
     run.status.completion_time = Some(Time(Timestamp::now()));
     run.set(ConditionType::Succeeded, State::True, reason, message.clone());

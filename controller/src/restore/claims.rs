@@ -297,6 +297,7 @@ async fn order(
             pod_uid: pod.uid().unwrap_or_default(),
             block: pod.spec.iter().flat_map(|spec| &spec.containers).any(|one| one.volume_devices.is_some()),
         }),
+        workload: None,
         repository: RepositoryAccess {
             name: pinned.name,
             id: pinned.id,

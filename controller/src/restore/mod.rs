@@ -1,5 +1,5 @@
 //! `Restore`: finds a recovery point, checks the whole plan, prepares the cluster, makes claims, has agents fill them, then
-//! applies objects.
+//! applies objects and gives streams to their commands.
 //!
 //! Nothing is changed before everything is checked; a claim that exists is never written to.
 
@@ -8,6 +8,7 @@ mod claims;
 mod clones;
 mod cluster;
 mod plan;
+mod streams;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,6 +137,7 @@ enum Step {
     Prepare,
     Fill,
     Apply,
+    Feed,
     Clean,
     Nothing,
 }
@@ -153,8 +155,10 @@ fn next_step(restore: &Restore, status: &RestoreStatus) -> Step {
         Step::Prepare
     } else if !conditions::is_true(&status.conditions, ConditionType::DataReady) {
         Step::Fill
-    } else {
+    } else if status.objects.is_none() {
         Step::Apply
+    } else {
+        Step::Feed
     }
 }
 
@@ -180,6 +184,11 @@ async fn work(seen: &Restore, context: &Context) -> Result<Action> {
                 }
             }
             Step::Apply => apply::apply(&mut run, context).await?,
+            Step::Feed => {
+                if !streams::feed(&mut run, context).await? {
+                    return Ok(Action::requeue(LOOK_AGAIN));
+                }
+            }
             Step::Clean => {
                 context.dispatch.forget(context, &run.uid);
                 task::delete_of(&context.namespaced(&context.namespace), &run.uid).await?;
@@ -245,6 +254,9 @@ mod tests {
         let mut filled = restore(held, &[("Planned", "True"), ("DataReady", "True")]);
         filled.status.as_mut().unwrap().cluster_objects = Some(ObjectsRestoreStatus::default());
         assert_eq!(step(&filled), Step::Apply);
+        let mut applied = filled;
+        applied.status.as_mut().unwrap().objects = Some(ObjectsRestoreStatus::default());
+        assert_eq!(step(&applied), Step::Feed);
         for ended in ["True", "False"] {
             let all = &[("Planned", "True"), ("DataReady", "True"), ("Succeeded", ended)];
             assert_eq!(step(&restore(held, all)), Step::Clean);

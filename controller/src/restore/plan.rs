@@ -24,7 +24,7 @@ use lifeboat_repository::tree;
 use serde_json::Value;
 use tracing::info;
 
-use super::{Run, clones};
+use super::{Run, clones, streams};
 use crate::backup::refusal::{Refusal, repository as usable_repository, unready_message};
 use crate::context::Context;
 use crate::object::ResourceName;
@@ -273,6 +273,13 @@ async fn prepare(
             format!("the snapshot {} of the claim {} is missing in the repository", volume.snapshot, volume.claim);
         return Ok(Err(Refusal::new(Reason::RepositoryDamaged, message)));
     }
+    if let Some(stream) =
+        description.streams.iter().find(|stream| !snapshots.iter().any(|snapshot| snapshot.id == stream.snapshot))
+    {
+        let message =
+            format!("the snapshot {} of the stream {} is missing in the repository", stream.snapshot, stream.name);
+        return Ok(Err(Refusal::new(Reason::RepositoryDamaged, message)));
+    }
     let resources = Resources::discover(&context.client).await?;
     if let Some(refusal) = obstacle(run, context, &description, &objects, &resources).await? {
         return Ok(Err(refusal));
@@ -335,6 +342,7 @@ async fn pin(
             message: None,
         })
         .collect();
+    run.status.streams = streams::noted(&description.streams, run.restore.spec.streams);
     run.status.start_time = Some(Time(Timestamp::now()));
     run.status.phase = Phase::Running;
     run.set(

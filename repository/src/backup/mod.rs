@@ -1,7 +1,7 @@
-//! Backups: a live tree, or entries from memory, become a committed snapshot.
+//! Backups: a live tree, entries from memory, or a stream of bytes become a committed snapshot.
 //!
 //! `compare` walks and tells what changed since the parent, `read` turns changed files into chunks, `assemble` brings
-//! everything back into path order and bundles small files, `tree` and `entries` are the verbs. A verb that fails or
+//! everything back into path order and bundles small files, `tree`, `entries` and `stream` are the verbs. A verb that fails or
 //! is cancelled aborts its session: nothing half is visible.
 
 mod assemble;
@@ -16,6 +16,7 @@ mod pages;
 mod parent;
 mod read;
 mod store;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -35,6 +36,7 @@ use crate::session::SessionError;
 use crate::snapshot::Snapshot;
 
 pub use entries::{VirtualFile, entries, entries_in, recovery_point};
+pub use stream::stream_in;
 pub use tree::{tree, tree_in};
 
 /// How a backup is made.

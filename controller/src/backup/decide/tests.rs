@@ -50,6 +50,15 @@ impl World {
         self
     }
 
+    /// With the task of the stream `shop.sql`.
+    fn with_dump(self, condition: Option<(&str, &str)>) -> Self {
+        let mut world = self.with_task(condition);
+        if let Some(task) = world.tasks.remove(&task::name('b', UID, "claim-uid")) {
+            world.tasks.insert(task::name('s', UID, "~shop.sql"), task);
+        }
+        world
+    }
+
     fn step(&self, now: &str) -> Step {
         let facts = Facts {
             is_deleted: self.is_deleted,
@@ -205,6 +214,37 @@ fn the_application_is_thawed_as_soon_as_the_snapshot_exists_and_before_it_is_rea
     assert_eq!(World::new(snapshot(THAWED, false, Some("h"), true)).step(NOW), Step::Commit);
 }
 
+fn streams(dispatched: bool, read: bool) -> Value {
+    json!([{"name": "shop.sql", "dispatchedAt": dispatched.then_some("2026-01-01T00:00:00Z"), "snapshot": read.then_some("ab")}])
+}
+
+#[test]
+fn streams_run_outside_the_freeze_and_belong_to_the_recovery_point() {
+    let with = |mut all: Value, dispatched: bool, read: bool| {
+        all["streams"] = streams(dispatched, read);
+        World::new(all)
+    };
+    let thawed = || snapshot(THAWED, false, Some("h"), true);
+    assert_eq!(with(snapshot(FROZEN, true, None, false), false, false).step(NOW), Step::Cut);
+    assert_eq!(with(snapshot(FROZEN, true, Some("h"), false), false, false).step(NOW), Step::Thaw);
+    assert_eq!(with(thawed(), false, false).step(NOW), Step::Expose, "it asks for a turn");
+    assert_eq!(with(thawed(), true, false).step(NOW), Step::Dump);
+    assert_eq!(with(thawed(), true, false).with_dump(None).step(NOW), Step::Wait(None));
+    assert_eq!(with(thawed(), true, true).step(NOW), Step::Commit);
+    let both = with(snapshot(THAWED, false, Some("h"), false), true, false).with_dump(None);
+    assert_eq!(both.step(NOW), Step::Expose, "a volume does not wait for a stream");
+    let mut alone = thawed();
+    (alone["volumes"], alone["plan"]["quiesce"], alone["conditions"]) = (json!([]), Value::Null, json!([]));
+    assert_eq!(with(alone.clone(), false, false).step(NOW), Step::Expose);
+    assert_eq!(with(alone.clone(), true, true).step(NOW), Step::Commit);
+    let failed = with(alone, true, false).with_dump(Some(("False", "StreamFailed"))).step(NOW);
+    let Step::Fail(reason, message) = failed else { panic!("{failed:?}") };
+    assert!(reason == Reason::StreamFailed && message.contains("shop.sql was not stored"), "{message}");
+    let mut gone = with(thawed(), true, false).with_dump(None);
+    gone.vanished = Some("db-0".into());
+    assert!(matches!(gone.step(NOW), Step::Fail(Reason::PodVanished, _)));
+}
+
 #[test]
 fn a_live_volume_beside_a_snapshot_keeps_the_freeze() {
     let mut both = snapshot(FROZEN, true, Some("h"), false);
@@ -304,11 +344,12 @@ fn volumes() -> impl Strategy<Value = Vec<Value>> {
 proptest! {
     #[test]
     fn whatever_was_seen_nothing_ends_frozen_or_unread(
-        volumes in volumes(), frozen: bool, failed: bool, is_deleted: bool, lost: bool, minutes in 0..30_u64, on_failure in 0..2_usize,
+        volumes in volumes(), frozen: bool, failed: bool, is_deleted: bool, lost: bool, stream in 0..4_u8, minutes in 0..30_u64, on_failure in 0..2_usize,
     ) {
         let quiesced = if failed { ("False", "HookFailed") } else if frozen { ("Unknown", "Done") } else { ("True", "Done") };
         let mut all = status(["Fail", "Continue"][on_failure], Some(quiesced), frozen, false);
         all["volumes"] = json!(volumes);
+        all["streams"] = if stream == 3 { json!([]) } else { streams(stream > 0, stream > 1) };
         all["cutStartedAt"] = json!("2026-01-01T00:00:00Z");
         let mut world = World::new(all);
         world.is_deleted = is_deleted;
@@ -317,13 +358,14 @@ proptest! {
         prop_assert!(STEPS.contains(&step.name()), "{:?}", step);
         prop_assert_eq!(&step, &world.step(&format!("2026-01-01T00:{minutes:02}:00Z")), "the same facts, the same step");
         if frozen {
-            prop_assert!(!matches!(step, Step::Commit | Step::Fail(..) | Step::Clean | Step::Nothing | Step::Expose | Step::Renew(_)), "{:?}", step);
+            prop_assert!(!matches!(step, Step::Commit | Step::Fail(..) | Step::Clean | Step::Nothing | Step::Expose | Step::Dump | Step::Renew(_)), "{:?}", step);
         }
         let is_read = |volume: &VolumeBackupStatus| volume.method == VolumeMethod::Skip || volume.snapshot.is_some();
         if step == Step::Commit {
             prop_assert!(world.status.volumes.iter().all(is_read));
+            prop_assert!(world.status.streams.iter().all(|stream| stream.snapshot.is_some()));
         }
-        if step == Step::Expose || step == Step::Commit {
+        if matches!(step, Step::Expose | Step::Dump | Step::Commit) {
             prop_assert!(!world.status.volumes.iter().any(is_uncut));
         }
     }
