@@ -19,6 +19,8 @@ mod double;
 mod engine;
 pub mod error;
 pub mod expire;
+#[cfg(test)]
+mod fuzz;
 mod glob;
 pub mod heal;
 pub mod id;
