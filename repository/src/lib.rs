@@ -5,6 +5,7 @@
 
 pub mod backup;
 mod beneath;
+pub mod browse;
 mod cache;
 pub mod check;
 pub mod chunk;
