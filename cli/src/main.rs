@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod commands;
+mod mount;
 mod options;
 mod output;
 mod progress;
@@ -15,8 +16,10 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = options::Arguments::parse();
+    // The library for mounts warns of what is no failure: of questions that it has no answer for, of a mount that another took away.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_env_filter(filter.unwrap_or_else(|_| "warn,fuser=error".into()))
         .with_writer(std::io::stderr)
         .init();
     let runtime = match tokio::runtime::Runtime::new() {

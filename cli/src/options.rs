@@ -70,6 +70,8 @@ pub(crate) enum Command {
     Diff(Diff),
     /// Restore a snapshot into a folder
     Restore(Restore),
+    /// Show snapshots as folders, read-only, until Ctrl-C or `umount`
+    Mount(Mount),
     /// Show how large the repository is, and what made it so
     Stats,
     /// List and change what opens the repository
@@ -165,6 +167,27 @@ pub(crate) struct Restore {
     /// The snapshot is an image: write it over TARGET, a block device or a file; whatever was there is lost
     #[arg(long, conflicts_with_all = ["include", "dry_run", "no_owner"], requires = "overwrite")]
     pub(crate) image: bool,
+}
+
+/// `snapshots/TIME` are the trees. Links lead to them: `snapshots/latest`, `ids/ID`, `lineages/LINEAGE/TIME` and `latest`,
+/// `tags/NAME=VALUE/TIME` and `latest` (a slash in a name is shown as `%2F`). New snapshots appear. What is entered is kept
+/// from expiring until the end. A file that cannot be read is an I/O error and named here. Exit code 3 when there was any.
+#[derive(Args, Debug)]
+pub(crate) struct Mount {
+    /// The folder to show them in; it must be empty
+    pub(crate) mountpoint: PathBuf,
+    /// Only the files of this snapshot, directly in MOUNTPOINT: an id, its first characters, or `latest`
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with = "tag")]
+    pub(crate) snapshot: Option<String>,
+    /// Only this lineage
+    #[arg(long)]
+    pub(crate) lineage: Option<String>,
+    /// Only with this label; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = tag)]
+    pub(crate) tag: Vec<(String, String)>,
+    /// Let other users in as well; the kernel checks owners, permissions and access control lists of files
+    #[arg(long)]
+    pub(crate) allow_other: bool,
 }
 
 #[derive(Args, Debug)]

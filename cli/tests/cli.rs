@@ -340,7 +340,7 @@ fn shells_and_manuals_know_every_command() {
         assert!(machine.prints(&["completions", shell]).contains("rebuild-index"), "{shell}");
     }
     machine.prints(&["man", &machine.path("man")]);
-    for page in ["lifeboat.1", "lifeboat-backup.1", "lifeboat-keys-add.1"] {
+    for page in ["lifeboat.1", "lifeboat-backup.1", "lifeboat-mount.1", "lifeboat-keys-add.1"] {
         assert!(Path::new(&machine.path("man")).join(page).exists(), "{page}");
     }
 }

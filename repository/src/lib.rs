@@ -5,6 +5,7 @@
 
 pub mod backup;
 mod beneath;
+pub mod browse;
 mod cache;
 pub mod check;
 pub mod chunk;
@@ -19,6 +20,8 @@ mod double;
 mod engine;
 pub mod error;
 pub mod expire;
+#[cfg(test)]
+mod fuzz;
 mod glob;
 pub mod heal;
 pub mod id;

@@ -155,7 +155,7 @@ fn walk(manifest: &Manifest, path: Vec<u8>, recursive: bool) -> BoxStream<'stati
 }
 
 /// The name in the directory that the path lies below, if it lies deeper than that.
-fn child_below<'a>(path: &'a [u8], directory: &[u8]) -> Option<&'a [u8]> {
+pub(crate) fn child_below<'a>(path: &'a [u8], directory: &[u8]) -> Option<&'a [u8]> {
     if path == directory || !is_in(path, directory) {
         return None;
     }

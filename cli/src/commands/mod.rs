@@ -11,6 +11,7 @@ mod heal;
 mod init;
 mod keys;
 mod ls;
+mod mount;
 mod rebuild_index;
 mod replicate;
 mod restore;
@@ -35,6 +36,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Restore(options) => restore::run(&global, &options).await,
         Command::Cat(options) => cat::run(&global, &options).await,
         Command::Diff(options) => diff::run(&global, &options).await,
+        Command::Mount(options) => mount::run(&global, &options).await,
         Command::Stats => stats::run(&global).await,
         Command::Keys(options) => keys::run(&global, options.command).await,
         Command::Check(options) => check::run(&global, &options).await,

@@ -20,7 +20,7 @@ const MAGIC: &[u8; 8] = b"LBUNIO01";
 const PARALLEL_LINEAGES: usize = 4;
 
 /// A version of a snapshot's refset, and its hash.
-type Member = (SnapshotId, u32, [u8; 32]);
+pub(crate) type Member = (SnapshotId, u32, [u8; 32]);
 
 /// All places that these references name together.
 pub(super) async fn union_of(engine: &Engine, refs: &[LiveRefs]) -> Result<Refset, ReferencesError> {
@@ -74,7 +74,7 @@ fn to_bytes(members: &BTreeSet<Member>, set: &Refset) -> std::io::Result<Vec<u8>
     Ok(bytes)
 }
 
-fn parse(bytes: &[u8]) -> Result<(BTreeSet<Member>, Refset), WireError> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<(BTreeSet<Member>, Refset), WireError> {
     let mut fields = Fields::new(unseal_hash(bytes)?);
     fields.expect(MAGIC, "no union of a known version")?;
     let count = fields.count(52)?;

@@ -28,6 +28,8 @@ use thiserror::Error;
 use tracing::info;
 
 pub use forget::{ForgetError, ForgetReport};
+#[cfg(test)]
+pub(crate) use liveness::parse as parse_union;
 
 use crate::commits::CommitLogError;
 use crate::engine::Engine;

@@ -95,7 +95,7 @@ impl DomainKeys {
     }
 
     /// The form that is sealed in a slot: 161 bytes, 193 with the private key. Wiped when dropped.
-    fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
         let mut bytes = Zeroizing::new(Vec::with_capacity(193));
         for key in [&self.id, &self.chunker, &self.structure, &self.manifest] {
             bytes.extend_from_slice(key.bytes());
@@ -108,7 +108,7 @@ impl DomainKeys {
         bytes
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, crate::wire::WireError> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, crate::wire::WireError> {
         let mut fields = crate::wire::Fields::new(bytes);
         let keys = Self {
             id: SecretKey::new(fields.array()?),

@@ -15,6 +15,8 @@ use crate::store::StoreError;
 pub(crate) const HEARTBEAT_PREFIX: &str = "hb/";
 /// How often a session shows that it lives.
 const HEARTBEAT: Duration = Duration::from_mins(1);
+/// The heartbeats that a session leaves lying; a mount may last for weeks.
+const KEPT: u64 = 10;
 /// No heartbeat is larger.
 const MAX_BEAT_BYTES: u64 = 256;
 
@@ -22,10 +24,15 @@ const MAX_BEAT_BYTES: u64 = 256;
 pub(super) async fn beat(engine: Arc<Engine>, session: SessionId) {
     for number in 0u64.. {
         tokio::time::sleep(HEARTBEAT).await;
-        let key = format!("{HEARTBEAT_PREFIX}{session}/{number:08}");
+        let key = |number: u64| format!("{HEARTBEAT_PREFIX}{session}/{number:08}");
         let now = crate::clock::now().to_string();
-        if let Err(error) = engine.store.put_if_absent(&key, now.into_bytes().into()).await {
+        if let Err(error) = engine.store.put_if_absent(&key(number), now.into_bytes().into()).await {
             debug!(%session, %error, "no heartbeat");
+        }
+        if let Some(old) = number.checked_sub(KEPT)
+            && let Err(error) = engine.store.delete(&key(old)).await
+        {
+            debug!(%session, %error, "an old heartbeat was not removed");
         }
     }
 }

@@ -106,6 +106,19 @@ impl Pin {
         self.session
     }
 
+    /// Whether it still keeps anything: expiry ends a pin whose reader gave no sign of life for long, as on a machine that
+    /// slept.
+    pub async fn holds(&self) -> Result<bool, SessionError> {
+        match self.engine.store.size(&decision_key(self.session)).await {
+            Ok(_) => Ok(false),
+            Err(error) if error.is_not_found() => Ok(true),
+            Err(source) => {
+                let act = "see whether it was aborted";
+                Err(SessionError::Store { session: self.session, act, source: Arc::new(source) })
+            }
+        }
+    }
+
     /// Ends the pin. A failure is harmless: expiry ends it when the reader has been silent for long enough.
     pub async fn release(mut self) {
         if let Some(heartbeat) = self.heartbeat.take() {

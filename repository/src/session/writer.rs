@@ -416,7 +416,11 @@ impl Shared {
         let bytes = encode_segment(entries);
         let key = segment_key(self.id, *next);
         // When it fails, its number stays: nothing must be published behind a gap.
-        self.put(&key, bytes.clone(), "publish its index").await?;
+        self.put(&key, bytes.clone(), "publish its index").await.map_err(|error| match error {
+            // Nobody else puts anything there but expiry: the SEAL of a session that it aborted.
+            SessionError::Closed { session } => SessionError::AbortedByAnother { session },
+            error => error,
+        })?;
         *next += 1;
         match Segment::parse(self.id, bytes.into()) {
             Ok(segment) => self.engine.index.add(key, segment),

@@ -23,10 +23,12 @@ fn secret() -> Secret {
     Secret::key_file([7; 32])
 }
 
+#[allow(dead_code, reason = "a test of the program makes its own")]
 pub async fn made() -> (Memory, Repository) {
     made_with(InitOptions::default()).await
 }
 
+#[allow(dead_code, reason = "a test of the program makes its own")]
 pub async fn made_with(options: InitOptions) -> (Memory, Repository) {
     let store = Memory::new();
     let repository = Repository::init(Arc::new(store.clone()), &secret(), options).await.unwrap();

@@ -232,6 +232,18 @@ async fn what_a_reader_pinned_stays_until_it_is_done() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_reader_sees_that_its_pin_was_ended_and_leaves_few_heartbeats() {
+    let (store, repository) = made().await;
+    let snapshot = back_up(&repository, "a", &files(&[1])).await;
+    let pin = repository.pin(&snapshot).await.unwrap().unwrap();
+    tokio::time::sleep(Duration::from_hours(24)).await;
+    assert!((1..12).contains(&count(&store, &format!("hb/{}/", pin.session()))));
+    assert!(pin.holds().await.unwrap());
+    repository.abort_session(pin.session(), "taken for dead").await.unwrap();
+    assert!(!pin.holds().await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_recovery_point_goes_with_its_members_and_a_member_not_without_it() {
     let (store, repository) = made().await;
     let mut members = Vec::new();
