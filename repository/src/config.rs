@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::chunk::{MIN_AVERAGE_BITS, average_bits};
 use crate::id::RepositoryId;
 
 /// Key of the config object.
@@ -46,9 +47,41 @@ pub struct ChunkerConfig {
     pub max: u32,
 }
 
+/// The ways of cutting that this version has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Algorithm {
+    /// `fastcdc-v2020-keyed`, version 1.
+    FastCdc,
+    /// `window-keyed`, version 1.
+    Window,
+}
+
+impl ChunkerConfig {
+    /// The chunker of repositories that were made by the first versions of this program.
+    pub fn fastcdc() -> Self {
+        Self { name: "fastcdc-v2020-keyed".to_owned(), ..Self::default() }
+    }
+
+    /// Which way of cutting it is. Sizes that it cannot have are refused as well.
+    pub(crate) fn algorithm(&self) -> Result<Algorithm, ConfigError> {
+        let Self { name, version, min, average, max } = self;
+        let algorithm = match (name.as_str(), version) {
+            ("fastcdc-v2020-keyed", 1) => Algorithm::FastCdc,
+            ("window-keyed", 1) => Algorithm::Window,
+            _ => return Err(ConfigError::Unknown { what: "chunker" }),
+        };
+        let is_ordered = 64 <= *min && min < average && average < max;
+        let is_small = algorithm == Algorithm::Window && average_bits(*average) < MIN_AVERAGE_BITS;
+        if !is_ordered || is_small || *max as usize > crate::sink::MAX_CHUNK_BYTES {
+            return Err(ConfigError::Unknown { what: "chunk size" });
+        }
+        Ok(algorithm)
+    }
+}
+
 impl Default for ChunkerConfig {
     fn default() -> Self {
-        Self { name: "fastcdc-v2020-keyed".to_owned(), version: 1, min: 128 << 10, average: 512 << 10, max: 2 << 20 }
+        Self { name: "window-keyed".to_owned(), version: 1, min: 128 << 10, average: 512 << 10, max: 2 << 20 }
     }
 }
 
@@ -131,14 +164,7 @@ impl Config {
         if config.suite != Suite::default() {
             return Err(ConfigError::Unknown { what: "suite of algorithms" });
         }
-        let ChunkerConfig { name, version, min, average, max } = &config.chunker;
-        let known = ChunkerConfig::default();
-        if *name != known.name || *version != known.version {
-            return Err(ConfigError::Unknown { what: "chunker" });
-        }
-        if !(64 <= *min && min < average && average < max && *max as usize <= crate::sink::MAX_CHUNK_BYTES) {
-            return Err(ConfigError::Unknown { what: "chunk size" });
-        }
+        config.chunker.algorithm()?;
         if !(1..=1024).contains(&config.lanes) {
             return Err(ConfigError::Unknown { what: "number of lanes" });
         }
@@ -155,6 +181,8 @@ mod tests {
         let config = Config::new(ChunkerConfig::default());
         let bytes = config.to_bytes().unwrap();
         assert_eq!(Config::parse(&bytes).unwrap(), config);
+        let older = Config::new(ChunkerConfig::fastcdc());
+        assert_eq!(Config::parse(&older.to_bytes().unwrap()).unwrap(), older);
         assert!(matches!(Config::parse(br#"{"format": 2, "new": "field"}"#), Err(ConfigError::Newer { found: 2 })));
         assert!(matches!(Config::parse(b"{}"), Err(ConfigError::Damaged(_))));
         assert!(matches!(Config::parse(b"\xff"), Err(ConfigError::Damaged(_))));
@@ -162,7 +190,7 @@ mod tests {
             ("131072", "524288"),
             ("2097152", "4000000000"),
             ("aes-256-gcm", "rot13"),
-            ("fastcdc", "slowcdc"),
+            ("window-keyed", "slow-keyed"),
             ("\"lanes\": 4", "\"lanes\": 0"),
         ] {
             let changed = String::from_utf8(bytes.clone()).unwrap().replacen(from, to, 1);

@@ -102,7 +102,7 @@ impl Cipher {
         purpose: Purpose,
         counter: u64,
         aad: &[u8],
-        bytes: &mut Vec<u8>,
+        bytes: &mut (impl AsMut<[u8]> + for<'a> Extend<&'a u8>),
     ) -> Result<(), CryptoError> {
         self.0.seal_in_place_append_tag(nonce(purpose, counter), Aad::from(aad), bytes).map_err(|_| CryptoError::Seal)
     }

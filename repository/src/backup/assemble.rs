@@ -121,6 +121,9 @@ impl Assembly {
                 None => return self.read_instead(entry).await,
             }
         }
+        if self.queue.is_empty() {
+            return self.write(entry).await;
+        }
         self.queue.push_back(Waiting { entry, bundled: None });
         Ok(())
     }
@@ -220,10 +223,14 @@ impl Assembly {
                     self.stored.remove(&number);
                 }
             }
-            self.count(&entry);
-            self.writer.push(entry).await?;
+            self.write(entry).await?;
         }
         Ok(())
+    }
+
+    async fn write(&mut self, entry: Entry) -> Result<(), BackupError> {
+        self.count(&entry);
+        Ok(self.writer.push(entry).await?)
     }
 
     fn count(&mut self, entry: &Entry) {

@@ -12,8 +12,9 @@ use tokio::sync::mpsc;
 
 use super::parent::ParentCursor;
 use super::read::{Context, SMALL_BYTES};
-use crate::manifest::{Contents, Entry, Kind, Meta, Reason, Regular, Skipped};
+use crate::manifest::{Contents, Entry, Kind, Meta, Piece, Reason, Regular, Skipped};
 use crate::meta::{self, Subject};
+use crate::sink::ChunkRef;
 use crate::walk::{Visit, Visitor};
 
 /// Entries that are handed on together.
@@ -97,11 +98,13 @@ pub(super) struct Comparison {
     group: Vec<Item>,
     group_bytes: u64,
     links: Links,
+    /// The chunk that was taken over last: files of one bundle follow one another.
+    inherited: Option<ChunkRef>,
 }
 
 impl Comparison {
     pub(super) fn new(context: Arc<Context>, parent: ParentCursor, sender: mpsc::Sender<Vec<Item>>) -> Self {
-        Self { context, parent, sender, group: Vec::new(), group_bytes: 0, links: Links::default() }
+        Self { context, parent, sender, group: Vec::new(), group_bytes: 0, links: Links::default(), inherited: None }
     }
 
     /// Hands on what is left.
@@ -148,6 +151,19 @@ impl Comparison {
         Ok(())
     }
 
+    /// As [`Context::inherits`]; a chunk that was just taken over is not looked up again.
+    fn inherits(&mut self, pieces: &[Piece]) -> bool {
+        if let [Piece::Data { chunk, .. }] = pieces {
+            if self.inherited.as_ref() == Some(chunk) {
+                return true;
+            }
+            let inherits = self.context.inherits(pieces);
+            self.inherited = inherits.then_some(*chunk);
+            return inherits;
+        }
+        self.context.inherits(pieces)
+    }
+
     fn regular(&mut self, found: &Visit<'_>, meta: &Meta, parent: Option<Entry>) -> Result<(Kind, Todo), Stopped> {
         let stat = found.stat;
         let mut linked = false;
@@ -174,7 +190,7 @@ impl Comparison {
         if is_same {
             let todo = match (&before.contents, &before.page_map) {
                 (Contents::Inline(pieces), Contents::Inline(map)) => {
-                    (self.context.inherits(pieces) && self.context.inherits(map)).then_some(Todo::Nothing)
+                    (self.inherits(pieces) && self.context.inherits(map)).then_some(Todo::Nothing)
                 }
                 _ => Some(Todo::Inherit),
             };

@@ -13,7 +13,7 @@ use super::read::{Context, Hooks, Outcome, SMALL_BYTES};
 use super::store::store_bytes;
 use super::tree::{StopOnDrop, decide};
 use super::{BackupError, BackupReport, TreeBackup};
-use crate::chunk::{Chunker, KeyedFastCdc};
+use crate::chunk::{self, Chunker};
 use crate::id::SnapshotId;
 use crate::manifest::{Contents, Entry, Kind, Meta, Regular, Time, compare_paths, is_valid_path};
 use crate::progress::Progress;
@@ -62,9 +62,11 @@ pub async fn entries_in<E>(
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let chunker: Arc<dyn Chunker> = Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key()));
     let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
-    let work = write_entries(sink, chunker, files, Arc::clone(&progress));
+    let work = async {
+        let chunker = chunk::chunker(&repository.config().chunker, session.chunker_key())?;
+        write_entries(sink, chunker, files, Arc::clone(&progress)).await
+    };
     decide(&session, &options, &progress, work).await
 }
 

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::config::ConfigError;
 use crate::error::{Classified, ErrorClass};
 use crate::manifest::ManifestError;
 pub use crate::manifest::{Reason, Skipped};
@@ -86,6 +87,9 @@ pub enum BackupError {
     /// The repository does not give a reader.
     #[error("cannot read the repository")]
     Reader(#[source] ReadError),
+    /// The repository's way of cutting files is not known.
+    #[error("cannot cut files as the repository wants it")]
+    Chunker(#[from] ConfigError),
     /// The session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -130,7 +134,7 @@ impl Classified for BackupError {
             Self::Reader(error) => error.class(),
             Self::Session(error) => error.class(),
             Self::Members(error) => error.class(),
-            Self::ParentIsNoTree | Self::Path { .. } => ErrorClass::Invalid,
+            Self::ParentIsNoTree | Self::Path { .. } | Self::Chunker(_) => ErrorClass::Invalid,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Opens files to be read, reads from them, and says why one cannot be read. Stores nothing.
 
+use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, OFlags, fstat};
-use rustix::io::{Errno, pread};
+use rustix::io::{Errno, ReadWriteFlags, pread, preadv2};
 
 use super::compare::{size_and_sparse, without_xattrs};
 use super::read::Context;
@@ -81,9 +82,32 @@ pub(super) fn open(context: &Context, entry: &mut Entry) -> Result<Opened, Reaso
 
 /// Reads until `buffer` is full.
 pub(super) fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Reason> {
+    fill(buffer, |rest, done| pread(file, rest, offset + done))
+}
+
+/// `RWF_DONTCACHE` of Linux 6.14: pages that the read brought into the page cache leave it again, others stay.
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
+/// As [`read_full`], but leaves the page cache as it was, if the kernel and the file system can do that; else `can` is
+/// set to `false`, and no longer tried.
+pub(super) fn read_uncached(file: &OwnedFd, buffer: &mut [u8], offset: u64, can: &mut bool) -> Result<(), Reason> {
+    fill(buffer, |rest, done| {
+        let at = offset + done;
+        if *can {
+            match preadv2(file, &mut [IoSliceMut::new(rest)], at, DONTCACHE) {
+                // What old kernels, file systems without it and filters of system calls say.
+                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => *can = false,
+                read => return read,
+            }
+        }
+        pread(file, rest, at)
+    })
+}
+
+fn fill(buffer: &mut [u8], mut read: impl FnMut(&mut [u8], u64) -> Result<usize, Errno>) -> Result<(), Reason> {
     let mut done = 0;
     while done < buffer.len() {
-        match pread(file, &mut buffer[done..], offset + done as u64) {
+        match read(&mut buffer[done..], done as u64) {
             Ok(0) => return Err(Reason::Shrunk),
             Ok(count) => done += count,
             Err(Errno::INTR) => {}

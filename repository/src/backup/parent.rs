@@ -72,7 +72,8 @@ impl ParentCursor {
             self.is_started = true;
             self.advance();
         }
-        while self.next.as_ref().is_some_and(|entry| compare_paths(&entry.path, path).is_lt()) {
+        // In a tree that hardly changed the next entry is the one.
+        while self.next.as_ref().is_some_and(|entry| entry.path != path && compare_paths(&entry.path, path).is_lt()) {
             self.advance();
         }
         self.next.take_if(|entry| entry.path == path).inspect(|_| self.is_started = false)

@@ -17,12 +17,13 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::BackupError;
 use super::compare::{Item, Todo};
 use super::inherit::{has_lost, inherit_lists};
-use super::open::{Opened, open, read_full};
+use super::open::{Opened, open, read_full, read_uncached};
 use super::pages::{Before, MAPPED_BYTES, MapPart, PageMap, Run, WINDOW_BYTES};
 use super::store::{Pieces, Storing};
 use crate::beneath::Beneath;
 use crate::chunk::Chunker;
 use crate::manifest::{Contents, Entry, Kind, Piece, PieceListWriter, Reason, Regular, Skipped};
+use crate::pack::FRAME_ROOM;
 use crate::progress::Progress;
 use crate::session::SessionError;
 use crate::sink::{ChunkId, ChunkKind, ChunkSink, ChunkSource, Put};
@@ -273,6 +274,8 @@ struct LargeFile {
     path: Vec<u8>,
     size: u64,
     sparse: bool,
+    /// Whether reading leaves the page cache as it was.
+    leaves_no_trace: bool,
     /// Next byte to read.
     at: u64,
     /// End of the run of data that is being read.
@@ -315,9 +318,10 @@ impl ReadBuffer {
     }
 
     fn take(&mut self, count: usize) -> Bytes {
-        let taken = Bytes::copy_from_slice(&self.filled()[..count]);
+        let mut taken = Vec::with_capacity(count + FRAME_ROOM);
+        taken.extend_from_slice(&self.filled()[..count]);
         self.start += count;
-        taken
+        taken.into()
     }
 }
 
@@ -363,7 +367,7 @@ impl LargeFile {
         let count = usize::try_from((self.data_end - self.at).min(step)).unwrap_or(READ_BYTES);
         let room = self.buffer.room(count);
         let count = room.len();
-        read_full(&self.file, room, self.at)?;
+        read_uncached(&self.file, room, self.at, &mut self.leaves_no_trace)?;
         let at = self.at;
         self.buffer.end += count;
         self.at += count as u64;
@@ -476,7 +480,7 @@ async fn read_large(
     let (path, buffer) = (entry.path.clone(), ReadBuffer::new(context.chunker.max(), size));
     let map = (size >= MAPPED_BYTES).then(|| PageMap::new(&*context.sink, size));
     let before = before.zip(context.source.as_ref()).map(|(before, source)| Before::start(source, &before));
-    let file = LargeFile { file, path, size, sparse, at: 0, data_end: 0, buffer, map, before };
+    let file = LargeFile { file, path, size, sparse, leaves_no_trace: true, at: 0, data_end: 0, buffer, map, before };
     match store_all(context, file).await? {
         Ok((contents, page_map)) => {
             if let Kind::Regular(regular) = &mut entry.kind {
@@ -528,7 +532,10 @@ async fn store_all(
             Err(reason) => return Ok(Err(reason)),
         };
         if batch.is_last {
-            advise(&file.file, Advice::DontNeed);
+            // Pages that an application has there go as well, so only where the kernel knows no better.
+            if !file.leaves_no_trace {
+                advise(&file.file, Advice::DontNeed);
+            }
         } else {
             reading = Some(read_on(context, file));
         }

@@ -10,7 +10,7 @@ use super::assemble::Written;
 use super::read::Hooks;
 use super::tree::{Input, write_tree};
 use super::{BackupError, Reason, TreeBackup};
-use crate::chunk::KeyedFastCdc;
+use crate::chunk::KeyedWindow;
 use crate::config::ChunkerConfig;
 use crate::double::Double;
 use crate::manifest::{Entry, Kind, Manifest, decode_root};
@@ -43,7 +43,7 @@ impl Bench {
         let input = Input {
             sink: Arc::new(self.double.clone()),
             source: Arc::new(self.double.clone()),
-            chunker: Arc::new(KeyedFastCdc::new(&small, &[2; 32])),
+            chunker: Arc::new(KeyedWindow::new(&small, &[2; 32])),
             parent: parent.map(<[_]>::to_vec),
             options: &TreeBackup::default(),
             progress: Arc::new(Progress::default()),
@@ -367,7 +367,7 @@ async fn a_failing_session_ends_the_backup() {
     let input = Input {
         sink: Arc::new(Double::default()),
         source: Arc::new(Double::default()),
-        chunker: Arc::new(KeyedFastCdc::new(&ChunkerConfig::default(), &[2; 32])),
+        chunker: Arc::new(KeyedWindow::new(&ChunkerConfig::default(), &[2; 32])),
         parent: None,
         options: &TreeBackup::default(),
         progress: Arc::default(),

@@ -15,7 +15,7 @@ use super::parent::{Failure, ParentCursor, is_lost};
 use super::read::{Context, Hooks, resolve};
 use super::{BackupError, BackupReport, TreeBackup};
 use crate::beneath::Beneath;
-use crate::chunk::{Chunker, KeyedFastCdc};
+use crate::chunk::{self, Chunker};
 use crate::glob::Glob;
 use crate::id::SnapshotId;
 use crate::manifest::Manifest;
@@ -60,7 +60,7 @@ pub async fn tree_in(
         let input = Input {
             sink: Arc::clone(&session) as Arc<dyn ChunkSink>,
             source: repository.reader().map_err(BackupError::Reader)?,
-            chunker: Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key())),
+            chunker: chunk::chunker(&repository.config().chunker, session.chunker_key())?,
             parent: parent_root(&options)?,
             options: &options,
             progress: Arc::clone(&progress),

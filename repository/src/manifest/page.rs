@@ -3,7 +3,7 @@
 use super::FormatError;
 use super::entry::{
     Contents, Entry, Kind, MAX_PATH_BYTES, Meta, Piece, Regular, Time, Xattr, compare_paths, is_valid_path,
-    page_map_len,
+    page_map_len, shared_prefix,
 };
 use super::fields::{Fields, VERSION, put_bytes, put_number, put_signed};
 use super::pieces::{ChunkTable, PieceReader, put_pieces, total_len};
@@ -46,11 +46,6 @@ struct Columns {
 fn put_time(out: &mut Vec<u8>, time: Time) {
     put_signed(out, time.seconds);
     put_number(out, u64::from(time.nanoseconds));
-}
-
-/// Bytes that both paths begin with.
-pub(super) fn shared_prefix(one: &[u8], other: &[u8]) -> usize {
-    one.iter().zip(other).take_while(|(a, b)| a == b).count()
 }
 
 impl Columns {
@@ -136,25 +131,56 @@ impl Columns {
     }
 }
 
+/// A page that takes entries in path order.
+#[derive(Default)]
+pub(super) struct PageBuilder {
+    columns: Columns,
+    entries: u64,
+    /// Path of the entry that was pushed last.
+    last: Vec<u8>,
+}
+
+impl PageBuilder {
+    /// Appends an entry.
+    pub(super) fn push(&mut self, entry: &Entry) {
+        self.columns.push(entry, &self.last);
+        self.entries += 1;
+        self.last.clear();
+        self.last.extend_from_slice(&entry.path);
+    }
+
+    /// Number of entries.
+    pub(super) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// Path of the last entry; empty before the first.
+    pub(super) fn last(&self) -> &[u8] {
+        &self.last
+    }
+
+    /// The page.
+    pub(super) fn encode(self) -> Vec<u8> {
+        let Columns { paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents, table } = self.columns;
+        let mut chunks = Vec::new();
+        table.encode(&mut chunks);
+        let columns = [chunks, paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents];
+        let mut out = Vec::with_capacity(32 + columns.iter().map(|column| column.len() + 5).sum::<usize>());
+        out.extend_from_slice(&MAGIC);
+        out.push(VERSION);
+        put_number(&mut out, self.entries);
+        for column in &columns {
+            put_bytes(&mut out, column);
+        }
+        out
+    }
+}
+
 /// The page that holds these entries, which must be in path order.
 pub fn encode_page(entries: &[Entry]) -> Vec<u8> {
-    let mut columns = Columns::default();
-    let mut before: &[u8] = &[];
-    for entry in entries {
-        columns.push(entry, before);
-        before = &entry.path;
-    }
-    let Columns { paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents, table } = columns;
-    let mut chunks = Vec::new();
-    table.encode(&mut chunks);
-    let mut out = Vec::new();
-    out.extend_from_slice(&MAGIC);
-    out.push(VERSION);
-    put_number(&mut out, entries.len() as u64);
-    for column in [chunks, paths, kinds, modes, owners, mtimes, changes, xattrs, details, contents] {
-        put_bytes(&mut out, &column);
-    }
-    out
+    let mut page = PageBuilder::default();
+    entries.iter().for_each(|entry| page.push(entry));
+    page.encode()
 }
 
 /// The entries of a page.

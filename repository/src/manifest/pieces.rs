@@ -33,16 +33,24 @@ const PART: u8 = 3;
 pub(super) struct ChunkTable {
     chunks: Vec<ChunkRef>,
     known: HashMap<ChunkRef, u64>,
+    /// The last answer: files that lie in one bundle follow one another.
+    last: Option<(ChunkRef, u64)>,
 }
 
 impl ChunkTable {
     /// The number of the chunk, and whether it is new.
     pub(super) fn number(&mut self, chunk: ChunkRef) -> (u64, bool) {
+        if let Some((last, number)) = self.last
+            && last == chunk
+        {
+            return (number, false);
+        }
         let next = self.chunks.len() as u64;
         let number = *self.known.entry(chunk).or_insert(next);
         if number == next {
             self.chunks.push(chunk);
         }
+        self.last = Some((chunk, number));
         (number, number == next)
     }
 

@@ -1,8 +1,9 @@
 //! Root records: which pages a manifest has, where each begins. A listing of one folder reads only its pages.
 
 use super::FormatError;
+use super::entry::shared_prefix;
 use super::fields::{Fields, VERSION, put_bytes, put_number};
-use super::page::{read_path, shared_prefix};
+use super::page::read_path;
 use super::pieces::ChunkTable;
 use crate::sink::ChunkRef;
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::task::JoinHandle;
 
-use super::entry::{Contents, Entry, Kind};
-use super::page::encode_page;
+use super::entry::{Contents, Entry, Kind, shared_prefix};
+use super::page::PageBuilder;
 use super::root::{PageRef, encode_root};
 use crate::session::SessionError;
 use crate::sink::{ChunkKind, ChunkRef, ChunkSink, Put};
@@ -35,7 +35,10 @@ struct Storing {
 /// Takes the entries of a tree in path order.
 pub struct ManifestWriter {
     sink: Arc<dyn ChunkSink>,
-    open: Vec<Entry>,
+    open: PageBuilder,
+    /// Of the open page: path of its first entry, bytes of its files, estimated size, bytes of all its paths.
+    first: Vec<u8>,
+    bytes: u64,
     size: usize,
     unfolded: usize,
     storing: VecDeque<Storing>,
@@ -45,22 +48,36 @@ pub struct ManifestWriter {
 impl ManifestWriter {
     /// A manifest without entries.
     pub fn new(sink: Arc<dyn ChunkSink>) -> Self {
-        Self { sink, open: Vec::new(), size: 0, unfolded: 0, storing: VecDeque::new(), pages: Vec::new() }
+        Self {
+            sink,
+            open: PageBuilder::default(),
+            first: Vec::new(),
+            bytes: 0,
+            size: 0,
+            unfolded: 0,
+            storing: VecDeque::new(),
+            pages: Vec::new(),
+        }
     }
 
     /// Appends an entry; its path must come after all before.
     pub async fn push(&mut self, entry: Entry) -> Result<(), SessionError> {
-        let before = self.open.last().map_or(&[][..], |before| &before.path);
-        let size = encoded_size(&entry, before);
+        let size = encoded_size(&entry, self.open.last());
         let is_full = self.size >= PAGE_MIN && self.may_begin_page(&entry.path)
             || self.size + size > PAGE_MAX
             || self.unfolded + entry.path.len() > UNFOLDED_MAX;
-        if is_full && !self.open.is_empty() {
+        if is_full {
             self.close().await?;
         }
         self.size += size;
         self.unfolded += entry.path.len();
-        self.open.push(entry);
+        if let Kind::Regular(file) = &entry.kind {
+            self.bytes += file.size;
+        }
+        self.open.push(&entry);
+        if self.open.entries() == 1 {
+            self.first = entry.path;
+        }
         Ok(())
     }
 
@@ -69,15 +86,18 @@ impl ManifestWriter {
     }
 
     async fn close(&mut self) -> Result<(), SessionError> {
-        let entries = std::mem::take(&mut self.open);
+        if self.open.entries() == 0 {
+            return Ok(());
+        }
+        let page = std::mem::take(&mut self.open);
         (self.size, self.unfolded) = (0, 0);
-        let Some(first) = entries.first() else { return Ok(()) };
-        let plain = Bytes::from(encode_page(&entries));
+        let entries = page.entries();
+        let plain = Bytes::from(page.encode());
         let sink = Arc::clone(&self.sink);
         self.storing.push_back(Storing {
-            first: first.path.clone(),
-            entries: entries.len() as u64,
-            bytes: entries.iter().map(|entry| if let Kind::Regular(file) = &entry.kind { file.size } else { 0 }).sum(),
+            first: std::mem::take(&mut self.first),
+            entries,
+            bytes: std::mem::take(&mut self.bytes),
             put: tokio::spawn(async move { sink.put(ChunkKind::Manifest, sink.chunk_id(&plain), plain).await }),
         });
         while self.storing.len() >= IN_FLIGHT {
@@ -136,6 +156,6 @@ fn encoded_size(entry: &Entry, before: &[u8]) -> usize {
         Kind::Link { to } => to.len() + 2,
         _ => 2,
     };
-    let shared = super::page::shared_prefix(before, &entry.path);
+    let shared = shared_prefix(before, &entry.path);
     entry.path.len() - shared + 32 + attributes + kind
 }

@@ -59,7 +59,7 @@ impl PackBuilder {
             plain_len: frame.plain_len,
             counter: frame.counter,
         };
-        self.append(expected, frame.bytes.into(), 0)
+        self.append(expected, frame.bytes, 0)
     }
 
     /// Appends a frame as it lies in another pack, sealed under keys of the session `origin`.
@@ -134,7 +134,9 @@ mod tests {
     fn pack_of(chunks: &[&[u8]], data: &Cipher, structure: &Cipher) -> SealedPack {
         let mut builder = PackBuilder::new(PackId { session: SessionId::random(), seq: 5 }, PackKind::Data);
         for (counter, plain) in (0..).zip(chunks) {
-            let frame = seal_frame(data, counter, ChunkKind::Data, id_of(plain), plain, Some(1)).unwrap();
+            let frame =
+                seal_frame(data, counter, ChunkKind::Data, id_of(plain), Bytes::copy_from_slice(plain), Some(1))
+                    .unwrap();
             assert_eq!(u32::from(builder.push(frame)), counter);
         }
         builder.seal(structure).unwrap()

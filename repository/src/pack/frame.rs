@@ -1,5 +1,6 @@
 //! Frames: one chunk, compressed and sealed.
 
+use bytes::{Bytes, BytesMut};
 use thiserror::Error;
 
 use super::squeeze;
@@ -55,7 +56,7 @@ pub(crate) struct SealedFrame {
     pub(crate) plain_len: u32,
     pub(crate) counter: u32,
     /// Ciphertext and tag.
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Bytes,
 }
 
 /// A frame that cannot be opened or made.
@@ -95,34 +96,52 @@ pub(super) fn is_worth_it(compressed: usize, plain: usize) -> bool {
     compressed < plain - plain / 32
 }
 
+/// Bytes behind a chunk that make a copy of it unnecessary when it is sealed as it is.
+pub(crate) const FRAME_ROOM: usize = TAG_BYTES;
+
 /// Compresses if it pays, then seals. `counter` must be new under the cipher's key. Without a level it is not tried.
+///
+/// A chunk that is not compressed is sealed where it lies if nobody else refers to it.
 pub(crate) fn seal_frame(
     cipher: &Cipher,
     counter: u32,
     kind: ChunkKind,
     id: ChunkId,
-    plain: &[u8],
+    plain: Bytes,
     level: Option<i32>,
 ) -> Result<SealedFrame, FrameError> {
     let plain_len = u32::try_from(plain.len()).map_err(|_| FrameError::Length)?;
-    // As many bytes as will be kept: a frame waits in its pack until that is uploaded.
-    let keep = |codec, packed: &[u8]| {
-        let mut bytes = Vec::with_capacity(packed.len() + TAG_BYTES);
-        bytes.extend_from_slice(packed);
-        (codec, bytes)
-    };
-    let (codec, mut bytes) = match level {
-        None => keep(Codec::Raw, plain),
-        Some(level) => squeeze::compress(plain, level, |compressed| {
-            let pays = is_worth_it(compressed.len(), plain.len());
-            if pays { keep(Codec::Zstd, compressed) } else { keep(Codec::Raw, plain) }
+    let compressed = match level {
+        None => None,
+        Some(level) => squeeze::compress(&plain, level, |compressed| {
+            is_worth_it(compressed.len(), plain.len()).then(|| copy_of(compressed))
         })
         .map_err(|_| FrameError::Seal)?,
+    };
+    let (codec, mut bytes) = match compressed {
+        Some(compressed) => (Codec::Zstd, compressed),
+        None => (Codec::Raw, owned(plain)),
     };
     cipher
         .seal(Purpose::Frame, u64::from(counter), &aad(id, plain_len, kind), &mut bytes)
         .map_err(|_: CryptoError| FrameError::Seal)?;
-    Ok(SealedFrame { id, kind, codec, plain_len, counter, bytes })
+    Ok(SealedFrame { id, kind, codec, plain_len, counter, bytes: bytes.freeze() })
+}
+
+/// As many bytes as will be kept: a frame waits in its pack until that is uploaded.
+fn copy_of(bytes: &[u8]) -> BytesMut {
+    let mut copy = BytesMut::with_capacity(bytes.len() + FRAME_ROOM);
+    copy.extend_from_slice(bytes);
+    copy
+}
+
+/// The bytes themselves, if nobody else has them, they have room for the tag, and hold no more memory than a copy would.
+fn owned(bytes: Bytes) -> BytesMut {
+    match bytes.try_into_mut() {
+        Ok(bytes) if (FRAME_ROOM..=FRAME_ROOM + bytes.len() / 16).contains(&(bytes.capacity() - bytes.len())) => bytes,
+        Ok(bytes) => copy_of(&bytes),
+        Err(bytes) => copy_of(&bytes),
+    }
 }
 
 /// What a frame must be, by the directory.
@@ -177,7 +196,8 @@ mod tests {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
         let noise: Vec<u8> = (0..1000).map(|_| rand::random()).collect();
         for plain in [&b""[..], &[0; 5000], &noise] {
-            let frame = seal_frame(&cipher, 3, ChunkKind::Data, id_of(plain), plain, Some(1)).unwrap();
+            let frame =
+                seal_frame(&cipher, 3, ChunkKind::Data, id_of(plain), Bytes::copy_from_slice(plain), Some(1)).unwrap();
             let expected = Expected {
                 id: frame.id,
                 kind: frame.kind,
@@ -187,7 +207,7 @@ mod tests {
             };
             assert_eq!(open_frame(&cipher, &expected, &frame.bytes, id_of).unwrap(), plain);
             for at in 0..frame.bytes.len() {
-                let mut changed = frame.bytes.clone();
+                let mut changed = frame.bytes.to_vec();
                 changed[at] ^= 0x10;
                 assert!(open_frame(&cipher, &expected, &changed, id_of).is_err());
             }
@@ -199,7 +219,8 @@ mod tests {
     #[test]
     fn wrong_content_under_an_id_is_found() {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
-        let frame = seal_frame(&cipher, 0, ChunkKind::Data, id_of(b"good"), b"evil", Some(1)).unwrap();
+        let frame =
+            seal_frame(&cipher, 0, ChunkKind::Data, id_of(b"good"), Bytes::from_static(b"evil"), Some(1)).unwrap();
         let expected = Expected { id: frame.id, kind: frame.kind, codec: frame.codec, plain_len: 4, counter: 0 };
         assert_eq!(open_frame(&cipher, &expected, &frame.bytes, id_of), Err(FrameError::Id));
     }
@@ -208,10 +229,29 @@ mod tests {
     fn noise_is_stored_raw() {
         let cipher = Cipher::new(&SecretKey::random()).unwrap();
         let noise: Vec<u8> = (0..4096).map(|_| rand::random()).collect();
-        assert_eq!(seal_frame(&cipher, 0, ChunkKind::Data, id_of(&noise), &noise, Some(1)).unwrap().codec, Codec::Raw);
-        assert_eq!(
-            seal_frame(&cipher, 0, ChunkKind::Data, id_of(&[0; 4096]), &[0; 4096], Some(1)).unwrap().codec,
-            Codec::Zstd
-        );
+        for (plain, codec) in [(noise, Codec::Raw), (vec![0; 4096], Codec::Zstd)] {
+            let frame = seal_frame(&cipher, 0, ChunkKind::Data, id_of(&plain), plain.into(), Some(1)).unwrap();
+            assert_eq!(frame.codec, codec);
+        }
+    }
+
+    #[test]
+    fn a_chunk_that_is_stored_raw_is_sealed_where_it_lies_unless_others_have_it() {
+        let cipher = Cipher::new(&SecretKey::random()).unwrap();
+        let noise = |room: usize| {
+            let mut noise = Vec::with_capacity(4096 + room);
+            noise.extend((0..4096).map(|_| rand::random::<u8>()));
+            Bytes::from(noise)
+        };
+        let seal = |plain: Bytes| seal_frame(&cipher, 0, ChunkKind::Data, id_of(&plain), plain, None).unwrap().bytes;
+        let plain = noise(FRAME_ROOM);
+        let place = plain.as_ptr();
+        assert_eq!(seal(plain).as_ptr(), place);
+        let plain = noise(FRAME_ROOM);
+        let kept = plain.clone();
+        assert_ne!(seal(plain).as_ptr(), kept.as_ptr());
+        // More memory than the frame needs is given back.
+        let plain = noise(3000);
+        assert!(seal(plain).try_into_mut().unwrap().capacity() < 4096 + 1000);
     }
 }

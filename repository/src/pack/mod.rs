@@ -13,7 +13,7 @@ mod squeeze;
 pub(crate) use builder::PackBuilder;
 pub(crate) use directory::{Directory, SlotEntry};
 pub(crate) use experience::Experience;
-pub(crate) use frame::{Expected, FrameError, SealedFrame, open_frame, seal_frame};
+pub(crate) use frame::{Expected, FRAME_ROOM, FrameError, SealedFrame, open_frame, seal_frame};
 pub(crate) use layout::{
     DirectorySpan, MAX_PACK_BYTES, PACKS_PREFIX, PackKind, TRAILER_BYTES, pack_key, parse_header, parse_pack_key,
     verify_hash,

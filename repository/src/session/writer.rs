@@ -519,7 +519,7 @@ impl Shared {
             let fail = SessionError::Seal { session, what: "a chunk" };
             let Some(cipher) = ciphers.frame(kind) else { return Err(fail) };
             let level = experience.as_ref().map_or(Some(ZSTD_LEVEL), |experience| experience.level(&plain, ZSTD_LEVEL));
-            let frame = seal_frame(cipher, counter, kind, id, &plain, level).map_err(|_| fail)?;
+            let frame = seal_frame(cipher, counter, kind, id, plain, level).map_err(|_| fail)?;
             if let Some(experience) = experience {
                 experience.note(frame.codec);
             }

@@ -1,8 +1,11 @@
 //! A repository in a directory.
 //!
-//! Objects are written to a staging file, flushed, linked to their name (link(2) fails when it exists), and
-//! the directories are flushed: `object_store` does this when its fsync option is on, which is not its default.
+//! Objects are written to a staging file, flushed, and linked to their name (link(2) fails when it exists); then the
+//! directories are flushed. Staging files have the names that `object_store`, which does everything else, leaves out of
+//! its listings.
 
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +14,10 @@ use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use object_store::local::LocalFileSystem;
 use tokio::sync::OnceCell;
+use tokio::task::spawn_blocking;
+use tracing::debug;
 
+use super::direct;
 use super::object::{ObjectBacked, reason_of_io};
 use super::{ByteRange, Listed, Payload, PutOutcome, Reason, Store, StoreError};
 
@@ -28,32 +34,86 @@ impl Local {
         Self { root: root.into(), opened: Arc::default() }
     }
 
-    fn failed(root: &Path, key: &str, reason: Reason, source: Box<dyn std::error::Error + Send + Sync>) -> StoreError {
+    fn failed(
+        root: &Path,
+        operation: &'static str,
+        key: &str,
+        reason: Reason,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    ) -> StoreError {
         let store = root.display().to_string();
-        StoreError { operation: "open", key: key.to_owned(), store, reason, source: Some(source) }
+        StoreError { operation, key: key.to_owned(), store, reason, source: Some(source) }
     }
 
     fn attach(root: &Path, key: &str) -> Result<ObjectBacked, StoreError> {
         // Asked by itself, because object_store wraps the reason.
         std::fs::metadata(root)
-            .map_err(|error| Self::failed(root, key, reason_of_io(error.kind()), Box::new(error)))?;
+            .map_err(|error| Self::failed(root, "open", key, reason_of_io(error.kind()), Box::new(error)))?;
         let files = LocalFileSystem::new_with_prefix(root)
-            .map_err(|error| Self::failed(root, key, Reason::Refused, Box::new(error)))?;
-        Ok(ObjectBacked::new(Arc::new(files.with_fsync(true)), root.display().to_string(), ""))
+            .map_err(|error| Self::failed(root, "open", key, Reason::Refused, Box::new(error)))?;
+        Ok(ObjectBacked::new(Arc::new(files), root.display().to_string(), ""))
     }
 
     async fn existing(&self, key: &str) -> Result<&ObjectBacked, StoreError> {
         self.opened.get_or_try_init(|| async { Self::attach(&self.root, key) }).await
     }
+}
 
-    async fn created(&self, key: &str) -> Result<&ObjectBacked, StoreError> {
-        let make = || async {
-            std::fs::create_dir_all(&self.root)
-                .map_err(|error| Self::failed(&self.root, key, reason_of_io(error.kind()), Box::new(error)))?;
-            Self::attach(&self.root, key)
-        };
-        self.opened.get_or_try_init(make).await
+/// Creates the object's file unless it exists; it is durable with all directories that lead to it from `root`.
+fn create(root: &Path, key: &str, payload: &Payload) -> io::Result<PutOutcome> {
+    if key.split('/').any(|segment| matches!(segment, "" | "." | "..")) {
+        return Err(ErrorKind::InvalidInput.into());
     }
+    let path = root.join(key);
+    let (file, staging) = stage(&path)?;
+    let written = direct::write(&file, payload).and_then(|()| file.sync_all());
+    drop(file);
+    let linked = written.and_then(|()| std::fs::hard_link(&staging, &path));
+    // What stays in its place is in no listing and in nobody's way.
+    if let Err(error) = std::fs::remove_file(&staging) {
+        debug!(path = %staging.display(), %error, "a staging file stays");
+    }
+    match linked {
+        Ok(()) => {
+            sync_parent(&path)?;
+            Ok(PutOutcome::Created)
+        }
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            // Who relies on the object may find it after a crash as well.
+            sync_parent(&path)?;
+            Ok(PutOutcome::Exists)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A new file beside `path`; its directory is made if it is missing.
+fn stage(path: &Path) -> io::Result<(File, PathBuf)> {
+    let mut number = 1_u64;
+    loop {
+        let mut staging = path.as_os_str().to_owned();
+        staging.push(format!("#{number}"));
+        let staging = PathBuf::from(staging);
+        match OpenOptions::new().write(true).create_new(true).open(&staging) {
+            Ok(file) => return Ok((file, staging)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+            Err(error) if error.kind() == ErrorKind::NotFound => create_parents(path)?,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Makes the directories that lead to the path, and flushes those that got an entry.
+fn create_parents(path: &Path) -> io::Result<()> {
+    let Some(parent) = path.parent() else { return Ok(()) };
+    let missing: Vec<_> = parent.ancestors().take_while(|above| !above.exists()).collect();
+    std::fs::create_dir_all(parent)?;
+    missing.iter().try_for_each(|made| sync_parent(made))
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 #[async_trait]
@@ -63,7 +123,12 @@ impl Store for Local {
     }
 
     async fn put_if_absent(&self, key: &str, payload: Payload) -> Result<PutOutcome, StoreError> {
-        self.created(key).await?.put_if_absent(key, payload).await
+        let (root, name) = (self.root.clone(), key.to_owned());
+        let created = match spawn_blocking(move || create(&root, &name, &payload)).await {
+            Ok(created) => created,
+            Err(error) => return Err(Self::failed(&self.root, "create", key, Reason::Refused, Box::new(error))),
+        };
+        created.map_err(|error| Self::failed(&self.root, "create", key, reason_of_io(error.kind()), Box::new(error)))
     }
 
     async fn get(&self, key: &str, limit: u64) -> Result<Bytes, StoreError> {

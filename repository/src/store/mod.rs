@@ -14,6 +14,7 @@ use thiserror::Error;
 use crate::error::{Classified, ErrorClass};
 
 pub mod cloud;
+mod direct;
 pub mod faulty;
 pub mod local;
 mod location;

@@ -30,7 +30,7 @@ use super::read::{Context, Hooks, Outcome, store_map};
 use super::store::{Pieces, Storing};
 use super::tree::{StopOnDrop, decide};
 use super::{BackupError, TreeBackup};
-use crate::chunk::KeyedFastCdc;
+use crate::chunk;
 use crate::manifest::{Contents, Entry, Kind, Manifest, Meta, Piece, PieceListWriter, Regular};
 use crate::progress::Progress;
 use crate::repository::Repository;
@@ -191,7 +191,7 @@ pub async fn image_in(
         progress.expect_bytes(size);
         let source: Arc<dyn ChunkSource> = repository.reader().map_err(BackupError::Reader)?;
         let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
-        let chunker = Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key()));
+        let chunker = chunk::chunker(&repository.config().chunker, session.chunker_key())?;
         let context = Context::new(None, sink, Some(source), chunker, Arc::clone(&progress), Hooks::default());
         let input = Input { device, size, known, audit, parent: parent_root(&options)? };
         write_image(Arc::new(context), input, &mut found).await

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::backup::tests::noise;
+use crate::chunk::KeyedWindow;
 use crate::config::ChunkerConfig;
 use crate::double::Double;
 use crate::manifest::PAGE_BYTES;
@@ -48,7 +49,7 @@ impl Bench {
     }
 
     async fn back_up(&self, parent: Option<&Made>, known: Known, audit: Audit) -> Made {
-        let chunker = Arc::new(KeyedFastCdc::new(&ChunkerConfig::default(), &[2; 32]));
+        let chunker = Arc::new(KeyedWindow::new(&ChunkerConfig::default(), &[2; 32]));
         let source: Arc<dyn ChunkSource> = Arc::new(self.double.clone());
         let sink = Arc::new(self.double.clone());
         let context = Context::new(None, sink, Some(source), chunker, Arc::default(), Hooks::default());

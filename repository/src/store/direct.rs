@@ -1,0 +1,150 @@
+//! Writes large objects to a file past the page cache, as far as the file system allows it.
+//!
+//! A backup writes much that it does not read again. Through the page cache the kernel finds a fresh page for every
+//! 4 KiB, copies, and pushes out what others have there; more CPU time than compression and encryption of the same
+//! bytes. Bytes are gathered in a buffer, because direct writes want aligned memory, and written in long runs.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::Payload;
+
+/// Smaller objects go through the page cache: many of them are read again soon.
+const MIN_BYTES: u64 = 1 << 20;
+/// Memory, offsets and lengths are multiples of this: enough for all disks with blocks up to 4 KiB.
+const ALIGNMENT: usize = 4 << 10;
+/// Bytes that are written at once.
+const RUN_BYTES: usize = 2 << 20;
+/// Buffers that are kept; more may be in use at a time.
+const KEPT: usize = 2;
+
+/// Memory that was written to is worth keeping: a fresh page costs the kernel more than the copy into it.
+static BUFFERS: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
+
+/// [`RUN_BYTES`] of aligned memory.
+struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    fn take() -> Self {
+        let kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.unwrap_or_else(|| {
+            let bytes = vec![0; RUN_BYTES + ALIGNMENT];
+            let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+            Self { bytes, start, len: 0 }
+        })
+    }
+
+    fn keep(mut self) {
+        self.len = 0;
+        let mut kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < KEPT {
+            kept.push(self);
+        }
+    }
+
+    /// Takes as many bytes as it has room for; gives back the others.
+    fn fill<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        let (taken, rest) = bytes.split_at(bytes.len().min(RUN_BYTES - self.len));
+        let from = self.start + self.len;
+        self.bytes[from..from + taken.len()].copy_from_slice(taken);
+        self.len += taken.len();
+        rest
+    }
+
+    fn is_full(&self) -> bool {
+        self.len == RUN_BYTES
+    }
+
+    fn filled(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+}
+
+/// Writes the payload to an empty file. Nothing is flushed.
+pub(super) fn write(file: &File, payload: &Payload) -> io::Result<()> {
+    if payload.len() < MIN_BYTES {
+        let mut file = file;
+        return payload.pieces().iter().try_for_each(|piece| file.write_all(piece));
+    }
+    let mut buffer = Buffer::take();
+    let written = write_in_runs(file, payload, &mut buffer);
+    buffer.keep();
+    written
+}
+
+fn write_in_runs(file: &File, payload: &Payload, buffer: &mut Buffer) -> io::Result<()> {
+    let mut is_direct = set_direct(file, true);
+    let mut at = 0;
+    let mut flush = |buffer: &mut Buffer| -> io::Result<()> {
+        let whole = buffer.len / ALIGNMENT * ALIGNMENT;
+        let mut done = 0;
+        if is_direct {
+            match file.write_all_at(&buffer.filled()[..whole], at) {
+                Ok(()) => done = whole,
+                // Larger blocks than ours, or a file system that finds out late: the run is written again.
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if done < buffer.len {
+            if is_direct {
+                set_direct(file, false);
+                is_direct = false;
+            }
+            file.write_all_at(&buffer.filled()[done..], at + done as u64)?;
+        }
+        at += buffer.len as u64;
+        buffer.len = 0;
+        Ok(())
+    };
+    for piece in payload.pieces() {
+        let mut rest = buffer.fill(piece);
+        while buffer.is_full() {
+            flush(buffer)?;
+            rest = buffer.fill(rest);
+        }
+    }
+    flush(buffer)
+}
+
+/// Switches direct writes on or off; whether they are on now.
+fn set_direct(file: &File, wanted: bool) -> bool {
+    let Ok(flags) = fcntl_getfl(file) else { return false };
+    fcntl_setfl(file, if wanted { flags | OFlags::DIRECT } else { flags - OFlags::DIRECT }).is_ok() && wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    /// Of pieces that fit nothing, on whatever file system the tests have, and on one in memory.
+    #[test]
+    fn what_is_written_is_what_was_given() {
+        for folder in [std::env::temp_dir().as_path(), std::path::Path::new("/dev/shm")] {
+            for total in [0, 1, 5000, 1 << 20, RUN_BYTES, RUN_BYTES + 1, 3 * RUN_BYTES + 12_345] {
+                let mut bytes = vec![0; total];
+                blake3::Hasher::new().update(&total.to_le_bytes()).finalize_xof().fill(&mut bytes);
+                let bytes = Bytes::from(bytes);
+                for size in [4096, 700_001, 5 << 20] {
+                    let mut payload = Payload::default();
+                    let mut rest = bytes.clone();
+                    while !rest.is_empty() {
+                        payload.push(rest.split_to(size.min(rest.len())));
+                    }
+                    let Ok(file) = tempfile::NamedTempFile::new_in(folder) else { continue };
+                    write(file.as_file(), &payload).unwrap();
+                    assert!(std::fs::read(file.path()).unwrap() == bytes, "{total} by {size} in {}", folder.display());
+                }
+            }
+        }
+    }
+}
