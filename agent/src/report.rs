@@ -19,7 +19,7 @@ use crate::outcome::{Failure, message};
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 /// A status is written at least this often while the task runs.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
-/// The end must be written; the API server may be away for a while.
+/// The end must be written.
 const END_ATTEMPTS: u32 = 30;
 
 /// Writes the status of one task.
@@ -69,8 +69,24 @@ impl Reporter {
         );
     }
 
-    /// Says that this agent begins, before it touches anything.
-    pub(crate) async fn begin(&mut self, agent: &str) -> Result<(), kube::Error> {
+    /// Writes until the API server has taken it, which may be away for a while; at most so often. `false`: the task is gone.
+    async fn write_persistently(&self, attempts: u32) -> bool {
+        for attempt in 1..=attempts {
+            match self.write().await {
+                Ok(()) => return true,
+                Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => return false,
+                Err(error) => {
+                    warn!(task = self.name, attempt, %error, "the status of a task was not written");
+                    tokio::time::sleep(Duration::from_secs(u64::from(attempt.min(10)))).await;
+                }
+            }
+        }
+        false
+    }
+
+    /// Says that this agent begins, before it touches anything. `false`: the task is gone. Nobody else would begin it, so that
+    /// this is tried until it succeeds.
+    pub(crate) async fn begin(&mut self, agent: &str) -> bool {
         let now = Time(jiff::Timestamp::now());
         self.status.phase = Phase::Running;
         self.status.agent = Some(agent.to_owned());
@@ -79,7 +95,7 @@ impl Reporter {
         self.status.start_time.get_or_insert(now.clone());
         self.status.heartbeat_time = Some(now);
         self.set(State::Unknown, Reason::InProgress, "under way".to_owned());
-        self.write().await
+        self.write_persistently(u32::MAX).await
     }
 
     /// Names the session before anything is written in it, so that a successor can abort it.
@@ -135,15 +151,6 @@ impl Reporter {
                 self.set(State::False, failure.reason, failure.message);
             }
         }
-        for attempt in 1..=END_ATTEMPTS {
-            match self.write().await {
-                Ok(()) => return,
-                Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => return,
-                Err(error) => {
-                    warn!(task = self.name, attempt, %error, "the end of a task was not written");
-                    tokio::time::sleep(Duration::from_secs(u64::from(attempt.min(10)))).await;
-                }
-            }
-        }
+        self.write_persistently(END_ATTEMPTS).await;
     }
 }

@@ -94,8 +94,8 @@ impl Worker {
                 return;
             }
             enter("Begin");
-            if let Err(error) = reporter.begin(&self.agent).await {
-                warn!(%error, "the task cannot be begun");
+            if !reporter.begin(&self.agent).await {
+                info!("the task was gone before it began");
                 return;
             }
             let outcome = self.perform(&task, before.session, &mut reporter, &progress).await;
