@@ -43,7 +43,15 @@ start_kubelet() { # NODE
     --node-ip="$(node_ip "$1")" --root-dir=/var/lib/kubelet
 }
 
-start_kube_proxy() { start_in "$1" kube-proxy kube-proxy --config=/etc/kubernetes/kube-proxy.yaml --v=1; }
+# Of a service map that is right, the full sync of kube-proxy 1.37.2 leaves nothing, and there is one at its start and one each hour:
+# no address of a service can be reached then. So it starts without its tables, and again before an hour is over.
+start_kube_proxy() {
+  start_in "$1" kube-proxy /bin/bash -c 'while :; do
+      for family in ip ip6; do ! nft list table $family kube-proxy >/dev/null 2>&1 || nft delete table $family kube-proxy; done
+      timeout --foreground 50m "$@"
+      sleep 0.2
+    done' sh kube-proxy --config=/etc/kubernetes/kube-proxy.yaml --v=1
+}
 
 # Nodes that were Ready before a crash still look so: a heartbeat or a lease must be younger than this start.
 nodes_are_ready() {

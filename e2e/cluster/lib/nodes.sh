@@ -19,7 +19,7 @@ start_in() {
 # signal_in NODE NAME SIGNAL. A program with a loop around it is signalled together with its loop.
 signal_in() {
   local group=
-  case $2 in csi-* | snapshot-controller) group=- ;; esac
+  case $2 in csi-* | snapshot-controller | kube-proxy) group=- ;; esac
   # bash, because dash has no `kill` for process groups
   in_node "$1" /bin/bash -c '[ -s "/run/node/$1.pid" ] || { echo "$1 was never started here" >&2; exit 1; }
     kill -s "$2" -- "$3$(cat "/run/node/$1.pid")"' sh "$2" "$3" "$group"
