@@ -192,7 +192,7 @@ fn fuzz_directories() {
             expected: Expected {
                 id: ChunkId([number.to_le_bytes()[0]; 32]),
                 kind: ChunkKind::Data,
-                codec: seal_frame(&cipher, 0, ChunkKind::Data, ChunkId([0; 32]), b"", None).unwrap().codec,
+                codec: seal_frame(&cipher, 0, ChunkKind::Data, ChunkId([0; 32]), Bytes::new(), None).unwrap().codec,
                 plain_len: 500,
                 counter: number,
             },
@@ -233,7 +233,8 @@ fn fuzz_frames() {
             [&u32::try_from(plain.len()).unwrap().to_le_bytes()[..], &compressed].concat()
         })
         .collect();
-    let compressing = seal_frame(&cipher, 0, ChunkKind::Data, id_of(&zeros), &zeros, Some(1)).unwrap().codec;
+    let compressing =
+        seal_frame(&cipher, 0, ChunkKind::Data, id_of(&zeros), zeros.clone().into(), Some(1)).unwrap().codec;
     let prepare = |input: &[u8]| {
         let (len, packed) =
             input.split_first_chunk().map_or((0, input), |(len, rest)| (u32::from_le_bytes(*len), rest));
