@@ -186,7 +186,7 @@ mod tests {
         };
         let [first, last, mix] = prefilter.factors.map(i64::from);
         let x = (sum(0) * first + sum(4) * last + i64::from(prefilter.offset)).rem_euclid(1 << 16);
-        (x ^ x / 256) * mix % (1 << 16) < 1 << SHIFT
+        (x ^ (x / 256)) * mix % (1 << 16) < 1 << SHIFT
     }
 
     fn all(bytes: &[u8], from: usize, to: usize, next: impl Fn(usize) -> Option<(usize, u32)>) -> Vec<usize> {
@@ -209,7 +209,9 @@ mod tests {
             let mut bytes = vec![0; len];
             blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
             // Few values make places that pass frequent or rare.
-            bytes.iter_mut().for_each(|byte| *byte %= values);
+            for byte in &mut bytes {
+                *byte %= values;
+            }
             let prefilter = Prefilter::new(&secret);
             let expected: Vec<_> = (from..len).filter(|place| passes(&prefilter, &bytes, *place)).collect();
             let portable = all(&bytes, from, len, |at| prefilter.next_portable(&bytes, at, len));

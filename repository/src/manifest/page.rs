@@ -179,7 +179,9 @@ impl PageBuilder {
 /// The page that holds these entries, which must be in path order.
 pub fn encode_page(entries: &[Entry]) -> Vec<u8> {
     let mut page = PageBuilder::default();
-    entries.iter().for_each(|entry| page.push(entry));
+    for entry in entries {
+        page.push(entry);
+    }
     page.encode()
 }
 
