@@ -90,7 +90,7 @@ fn the_application_rests_only_while_the_snapshot_is_cut() {
 const WRITER: &str = r"
 while [ -e /a/n ]; do sleep 3600; done
 i=0
-while :; do i=$((i + 1)); for v in a b c; do echo $i > /$v/n.new; mv /$v/n.new /$v/n; sync; done; done
+while :; do i=$((i + 1)); for v in a b c; do echo $i > /$v/n.new; mv /$v/n.new /$v/n; sync /$v/n; done; done
 ";
 
 fn three_volumes() -> Result<String> {
