@@ -57,10 +57,11 @@ BEGUN = time.monotonic()
 
 
 def processes():
-    """CPU seconds, and resident and peak memory, of every process of ours, by program."""
+    """CPU seconds, and resident and peak memory, of every process of ours that stays, by program: not of helper pods, which only
+    hold a volume."""
     # Without awk, which in a node is a link to nowhere.
     script = r"""for p in /proc/[0-9]*; do read -r comm <$p/comm
-      case $comm in lifeboat-contro|lifeboat-agent) echo $comm ${p#/proc/} $(cut -d' ' -f14,15 $p/stat) $(sed -n 's/^Vm\(HWM\|RSS\):[^0-9]*\([0-9]*\) kB$/\2/p' $p/status);; esac; done"""
+      case "$comm $(tr '\0' ' ' <$p/cmdline)" in lifeboat-contro*' run '*|lifeboat-agent*' run '*|lifeboat-agent*' guard '*) echo $comm ${p#/proc/} $(cut -d' ' -f14,15 $p/stat) $(sed -n 's/^Vm\(HWM\|RSS\):[^0-9]*\([0-9]*\) kB$/\2/p' $p/status);; esac; done"""
     found = []
     for node in ("n1", "n2", "n3"):
         for line in run(LAUNCHER, "in-node", node, "bash", "-c", script, ok=False).splitlines():
