@@ -1,5 +1,6 @@
 //! Does one task: opens the repository, reads or writes the volume or the stream, reports.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -226,14 +227,8 @@ impl Worker {
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
     ) -> Result<TaskResult, Failure> {
-        let (parent, session) = self.register(repository, &operation.lineage, reporter).await?;
-        let plan = TreeBackup {
-            lineage: operation.lineage.clone(),
-            tags: operation.tags.clone(),
-            parent: parent.clone(),
-            host: self.node.clone(),
-            ..TreeBackup::default()
-        };
+        let (plan, session) = self.register(repository, &operation.lineage, &operation.tags, reporter).await?;
+        let parent = plan.parent.as_ref().map(|parent| parent.id.to_string());
         enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
         let shown = Arc::clone(progress);
@@ -243,19 +238,20 @@ impl Worker {
         let snapshot = dumped.map_err(|failure| stopped(progress).unwrap_or(failure))?;
         Ok(TaskResult {
             snapshot: snapshot.id.to_string(),
-            parent: parent.map(|parent| parent.id.to_string()),
+            parent,
             transfer: transfer(&snapshot),
             ..TaskResult::default()
         })
     }
 
-    /// The parent of a snapshot that is to be made, and a session for it that is noted in the status.
+    /// What snapshot is to be made, and a session for it that is noted in the status.
     async fn register(
         &self,
         repository: &Repository,
         lineage: &str,
+        tags: &BTreeMap<String, String>,
         reporter: &mut Reporter,
-    ) -> Result<(Option<Snapshot>, Arc<Session>), Failure> {
+    ) -> Result<(TreeBackup, Arc<Session>), Failure> {
         let parent = repository.latest_of(lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         enter("Register");
         let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
@@ -267,7 +263,15 @@ impl Worker {
             session.abort(&failure.message).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
             return Err(failure);
         }
-        Ok((parent, session))
+        let plan = TreeBackup {
+            lineage: lineage.to_owned(),
+            tags: tags.clone(),
+            parent,
+            host: self.node.clone(),
+            one_file_system: true,
+            ..TreeBackup::default()
+        };
+        Ok((plan, session))
     }
 
     async fn back_up(
@@ -278,15 +282,8 @@ impl Worker {
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
     ) -> Result<TaskResult, Failure> {
-        let (parent, session) = self.register(repository, &operation.lineage, reporter).await?;
-        let plan = TreeBackup {
-            lineage: operation.lineage.clone(),
-            tags: operation.tags.clone(),
-            parent: parent.clone(),
-            host: self.node.clone(),
-            one_file_system: true,
-            ..TreeBackup::default()
-        };
+        let (plan, session) = self.register(repository, &operation.lineage, &operation.tags, reporter).await?;
+        let parent = plan.parent.as_ref().map(|parent| parent.id.to_string());
         enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
         let read = async {
@@ -304,7 +301,7 @@ impl Worker {
         let (snapshot, skipped, block) = read.map_err(|failure| stopped(progress).unwrap_or(failure))?;
         Ok(TaskResult {
             snapshot: snapshot.id.to_string(),
-            parent: parent.map(|parent| parent.id.to_string()),
+            parent,
             transfer: transfer(&snapshot),
             block,
             skipped: snapshot.counts.skipped,

@@ -1,71 +1,13 @@
 //! The program as people and scripts use it.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod machine;
+
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use machine::{Machine, says};
 use serde_json::Value;
-
-struct Machine {
-    folder: tempfile::TempDir,
-    /// Opens the repository with a key file: without the time that a password takes on purpose.
-    by_key_file: bool,
-}
-
-impl Machine {
-    fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), by_key_file: false }
-    }
-
-    fn by_key_file() -> Self {
-        let machine = Self { by_key_file: true, ..Self::new() };
-        std::fs::write(machine.path("key-file"), [5; 32]).unwrap();
-        machine
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_string_lossy().into_owned()
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lifeboat"));
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("LIFEBOAT_REPOSITORY", self.path("repository"));
-        command.env("LIFEBOAT_CACHE_DIR", self.path("cache")).args(arguments);
-        if self.by_key_file {
-            command.env("LIFEBOAT_KEY_FILE", self.path("key-file"));
-        } else {
-            command.env("LIFEBOAT_PASSWORD", "correct horse");
-        }
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    /// What it prints when it succeeds.
-    fn prints(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        serde_json::from_str(&self.prints(arguments)).unwrap()
-    }
-
-    /// What it says when it fails with this code.
-    fn fails(&self, code: i32, arguments: &[&str]) -> String {
-        says(&self.run(arguments), code)
-    }
-}
-
-fn says(output: &Output, code: i32) -> String {
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{said}");
-    assert!(!said.contains("panicked"), "{said}");
-    said
-}
 
 fn write(folder: &str, files: &[(&str, &str)]) {
     for (name, content) in files {
@@ -78,7 +20,7 @@ fn write(folder: &str, files: &[(&str, &str)]) {
 #[test]
 fn a_folder_is_backed_up_listed_restored_and_checked() {
     let machine = Machine::new();
-    let source = machine.path("source");
+    let source = machine.text("source");
     write(&source, &[("a", "one"), ("dir/b", "two")]);
     machine.prints(&["init"]);
     let first = machine.json(&["--json", "backup", &source, "--tag", "kind=first"]);
@@ -98,14 +40,14 @@ fn a_folder_is_backed_up_listed_restored_and_checked() {
 
     let listed = machine.prints(&["ls", "latest", "-R"]);
     assert!(listed.contains("dir/c"), "{listed}");
-    let target = machine.path("target/new");
+    let target = machine.text("target/new");
     machine.prints(&["restore", "latest", &target]);
     assert_eq!(std::fs::read_to_string(Path::new(&target).join("dir/c")).unwrap(), "three");
     let id = snapshots[0]["id"].as_str().unwrap();
-    let old = machine.path("old");
+    let old = machine.text("old");
     machine.prints(&["restore", &id[..8], &old]);
     assert!(!Path::new(&old).join("dir/c").exists());
-    let part = machine.path("part");
+    let part = machine.text("part");
     machine.prints(&["restore", "latest", &part, "--include", "dir/b"]);
     assert!(Path::new(&part).join("dir/b").exists() && !Path::new(&part).join("a").exists());
     let checked = machine.json(&["check", "--read-data", "--json"]);
@@ -125,9 +67,9 @@ fn mistakes_are_told_with_what_to_do() {
     assert!(said.contains("LIFEBOAT_PASSWORD"), "{said}");
     let said = says(&machine.command(&["snapshots"]).env_remove("LIFEBOAT_REPOSITORY").output().unwrap(), 1);
     assert!(said.contains("LIFEBOAT_REPOSITORY"), "{said}");
-    assert!(machine.fails(1, &["restore", "latest", &machine.path("x")]).contains("snapshot"));
-    assert!(machine.fails(1, &["restore", "zz", &machine.path("x")]).contains("4 hexadecimal digits"));
-    assert!(machine.fails(1, &["backup", &machine.path("missing")]).contains("missing"));
+    assert!(machine.fails(1, &["restore", "latest", &machine.text("x")]).contains("snapshot"));
+    assert!(machine.fails(1, &["restore", "zz", &machine.text("x")]).contains("4 hexadecimal digits"));
+    assert!(machine.fails(1, &["backup", &machine.text("missing")]).contains("missing"));
     machine.fails(2, &["backup"]);
     machine.fails(2, &["frobnicate"]);
 }
@@ -135,14 +77,14 @@ fn mistakes_are_told_with_what_to_do() {
 #[test]
 fn a_key_file_opens_what_it_made_and_nothing_else() {
     let machine = Machine::new();
-    let key = machine.path("key");
+    let key = machine.text("key");
     std::fs::write(&key, [9; 32]).unwrap();
     let with = |file: &str, arguments: &[&str]| {
         machine.command(arguments).env_remove("LIFEBOAT_PASSWORD").env("LIFEBOAT_KEY_FILE", file).output().unwrap()
     };
     assert!(with(&key, &["init"]).status.success());
     assert!(with(&key, &["snapshots"]).status.success());
-    let other = machine.path("other");
+    let other = machine.text("other");
     std::fs::write(&other, [8; 32]).unwrap();
     assert!(says(&with(&other, &["snapshots"]), 1).contains("key"));
     std::fs::write(&other, [8; 31]).unwrap();
@@ -153,11 +95,11 @@ fn a_key_file_opens_what_it_made_and_nothing_else() {
 #[test]
 fn damage_is_found_and_makes_the_exit_code_three() {
     let machine = Machine::new();
-    let source = machine.path("source");
+    let source = machine.text("source");
     write(&source, &[("a", &"content ".repeat(10_000))]);
     machine.prints(&["init"]);
     machine.prints(&["backup", &source]);
-    let packs: Vec<_> = walk(Path::new(&machine.path("repository/p")));
+    let packs: Vec<_> = walk(Path::new(&machine.text("repository/p")));
     assert!(!packs.is_empty());
     for pack in packs {
         let mut bytes = std::fs::read(&pack).unwrap();
@@ -172,7 +114,7 @@ fn damage_is_found_and_makes_the_exit_code_three() {
 #[test]
 fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
     let machine = Machine::new();
-    let source = machine.path("source");
+    let source = machine.text("source");
     machine.prints(&["init"]);
     for number in 0..4 {
         // Nothing that compresses, and nothing that is the same twice.
@@ -182,7 +124,7 @@ fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
         machine.prints(&["backup", &source]);
     }
     let bytes = |machine: &Machine| -> u64 {
-        walk(Path::new(&machine.path("repository/p"))).iter().map(|pack| pack.metadata().unwrap().len()).sum()
+        walk(Path::new(&machine.text("repository/p"))).iter().map(|pack| pack.metadata().unwrap().len()).sum()
     };
     let before = bytes(&machine);
     assert!(machine.fails(2, &["forget"]).contains("SNAPSHOT"), "without rules and names nothing is forgotten");
@@ -212,7 +154,7 @@ fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
     );
     assert!(bytes(&machine) < before * 2 / 3, "{before} {}", bytes(&machine));
     assert_eq!(machine.json(&["check", "--read-data", "--json"])["problems"].as_array().map(Vec::len), Some(0));
-    let target = machine.path("target");
+    let target = machine.text("target");
     machine.prints(&["restore", "latest", &target]);
     assert_eq!(std::fs::read_to_string(Path::new(&target).join("stays")).unwrap(), "the same");
     machine.prints(&["backup", &source]);
@@ -230,7 +172,7 @@ fn rules_forget_snapshots_and_expiry_gives_their_space_back() {
 #[test]
 fn single_files_are_printed_and_snapshots_compared() {
     let machine = Machine::by_key_file();
-    let source = machine.path("source");
+    let source = machine.text("source");
     write(&source, &[("a", "one"), ("dir/b", "two")]);
     machine.prints(&["init"]);
     let first = machine.json(&["--json", "backup", &source]);
@@ -248,9 +190,9 @@ fn single_files_are_printed_and_snapshots_compared() {
     let told = machine.prints(&["diff", id, "latest", "--json"]);
     let lines: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(lines.iter().any(|line| line["change"] == "removed" && line["before"]["path"] == "dir/b"), "{told}");
-    let listed = machine.prints(&["restore", "latest", &machine.path("x"), "--include", "n*", "--dry-run"]);
+    let listed = machine.prints(&["restore", "latest", &machine.text("x"), "--include", "n*", "--dry-run"]);
     assert!(
-        listed.contains(" new\n") && listed.contains("1 entries") && !Path::new(&machine.path("x")).exists(),
+        listed.contains(" new\n") && listed.contains("1 entries") && !Path::new(&machine.text("x")).exists(),
         "{listed}"
     );
     let stats = machine.json(&["stats", "--json"]);
@@ -263,7 +205,7 @@ fn single_files_are_printed_and_snapshots_compared() {
 fn keys_are_added_changed_and_removed() {
     let machine = Machine::new();
     machine.prints(&["init"]);
-    let key = machine.path("key");
+    let key = machine.text("key");
     std::fs::write(&key, [9; 32]).unwrap();
     let with_key = |arguments: &[&str]| {
         machine.command(arguments).env_remove("LIFEBOAT_PASSWORD").env("LIFEBOAT_KEY_FILE", &key).output().unwrap()
@@ -286,11 +228,11 @@ fn keys_are_added_changed_and_removed() {
 #[test]
 fn damage_is_scrubbed_without_a_password_and_healed_from_a_copy() {
     let machine = Machine::by_key_file();
-    let source = machine.path("source");
+    let source = machine.text("source");
     write(&source, &[("a", &"content ".repeat(10_000))]);
     machine.prints(&["init"]);
     machine.prints(&["backup", &source]);
-    let copied = Command::new("cp").args(["-a", &machine.path("repository"), &machine.path("copy")]).status().unwrap();
+    let copied = Command::new("cp").args(["-a", &machine.text("repository"), &machine.text("copy")]).status().unwrap();
     assert!(copied.success());
     let scrub = |arguments: &[&str]| machine.command(arguments).env_remove("LIFEBOAT_KEY_FILE").output().unwrap();
     assert!(scrub(&["scrub"]).status.success());
@@ -298,17 +240,17 @@ fn damage_is_scrubbed_without_a_password_and_healed_from_a_copy() {
         says(&machine.command(&["scrub", "--share", "1/7"]).env_remove("LIFEBOAT_CACHE_DIR").output().unwrap(), 1);
     assert!(told.contains("--cache-dir"), "{told}");
     assert!(scrub(&["scrub", "--share", "1/7"]).status.success());
-    for pack in walk(Path::new(&machine.path("repository/p"))) {
+    for pack in walk(Path::new(&machine.text("repository/p"))) {
         let mut bytes = std::fs::read(&pack).unwrap();
         bytes[70] ^= 1;
         std::fs::write(&pack, bytes).unwrap();
     }
     assert_eq!(scrub(&["scrub"]).status.code(), Some(3));
-    let look = machine.run(&["heal", "--from", &machine.path("copy"), "--dry-run", "--json"]);
+    let look = machine.run(&["heal", "--from", &machine.text("copy"), "--dry-run", "--json"]);
     assert_eq!(look.status.code(), Some(3), "{look:?}");
     let look: Value = serde_json::from_slice(&look.stdout).unwrap();
     assert_eq!(look["replaced"].as_array().map(Vec::len), Some(2));
-    let healed = machine.json(&["heal", "--from", &machine.path("copy"), "--json"]);
+    let healed = machine.json(&["heal", "--from", &machine.text("copy"), "--json"]);
     assert_eq!(
         (healed["replaced"].as_array().map(Vec::len), healed["left"].as_array().map(Vec::len)),
         (Some(2), Some(0))
@@ -321,7 +263,7 @@ fn damage_is_scrubbed_without_a_password_and_healed_from_a_copy() {
 #[test]
 fn snapshots_are_replicated_to_another_place() {
     let machine = Machine::by_key_file();
-    let (source, other) = (machine.path("source"), machine.path("other"));
+    let (source, other) = (machine.text("source"), machine.text("other"));
     write(&source, &[("a", "one")]);
     machine.prints(&["init"]);
     machine.prints(&["backup", &source]);
@@ -339,9 +281,9 @@ fn shells_and_manuals_know_every_command() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(machine.prints(&["completions", shell]).contains("rebuild-index"), "{shell}");
     }
-    machine.prints(&["man", &machine.path("man")]);
+    machine.prints(&["man", &machine.text("man")]);
     for page in ["lifeboat.1", "lifeboat-backup.1", "lifeboat-mount.1", "lifeboat-keys-add.1"] {
-        assert!(Path::new(&machine.path("man")).join(page).exists(), "{page}");
+        assert!(Path::new(&machine.text("man")).join(page).exists(), "{page}");
     }
 }
 
@@ -365,15 +307,15 @@ fn the_shell_block_of_the_readme_works() {
     let section = readme.split("## Without a cluster").nth(1).unwrap();
     let block = section.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
     let machine = Machine::new();
-    let bin = machine.path("target/release");
+    let bin = machine.text("target/release");
     std::fs::create_dir_all(&bin).unwrap();
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_lifeboat"), Path::new(&bin).join("lifeboat")).unwrap();
     // The places that a reader has are this test's: the repository, the folder and the target. The build has happened.
-    let source = machine.path("etc");
+    let source = machine.text("etc");
     write(&source, &[("hosts", "127.0.0.1 localhost")]);
-    let block = block.replace("make build\n", "").replace("/srv/backup", &machine.path("srv"));
+    let block = block.replace("make build\n", "").replace("/srv/backup", &machine.text("srv"));
     let block = block
-        .replace("/tmp/etc-restored", &machine.path("restored"))
+        .replace("/tmp/etc-restored", &machine.text("restored"))
         .replace("backup /etc", &format!("backup {source}"));
     let output = Command::new("sh")
         .args(["-euc", &block])
@@ -382,14 +324,14 @@ fn the_shell_block_of_the_readme_works() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{block}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(Path::new(&machine.path("restored")).join("hosts").exists());
+    assert!(Path::new(&machine.text("restored")).join("hosts").exists());
 }
 
 #[test]
 fn a_disk_image_goes_there_and_back_and_its_holes_cost_nothing() {
     let machine = Machine::by_key_file();
     machine.prints(&["init"]);
-    let disk = machine.path("disk.img");
+    let disk = machine.text("disk.img");
     let mut bytes = vec![0; 6 << 20];
     bytes[3 << 20..][..300_000].fill(7);
     std::fs::write(&disk, &bytes[..]).unwrap();
@@ -398,13 +340,13 @@ fn a_disk_image_goes_there_and_back_and_its_holes_cost_nothing() {
     let again = machine.json(&["--json", "backup", "--image", &disk]);
     assert_eq!(again["stats"]["new_bytes"].as_u64().unwrap() / 4096, 0, "{again}");
     // An older, longer file: what is not of the image goes.
-    let target = machine.path("target.img");
+    let target = machine.text("target.img");
     std::fs::write(&target, vec![9; 8 << 20]).unwrap();
     let said = machine.fails(2, &["restore", "latest", &target, "--image"]);
     assert!(said.contains("--overwrite"), "{said}");
     machine.prints(&["restore", "latest", &target, "--image", "--overwrite"]);
     assert!(std::fs::read(&target).unwrap() == bytes);
-    let folder = machine.path("folder");
+    let folder = machine.text("folder");
     machine.prints(&["restore", "latest", &folder]);
     assert!(std::fs::read(format!("{folder}/volume.img")).unwrap() == bytes);
 }

@@ -5,14 +5,17 @@
 #[path = "../../repository/tests/trees/mod.rs"]
 mod trees;
 
+mod machine;
+
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use machine::Machine;
 use rustix::fs::{SeekFrom, seek};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -23,47 +26,17 @@ const PATIENCE: Duration = Duration::from_mins(1);
 /// What the program may need.
 const MAX_MEMORY_KIB: u64 = 128 << 10;
 
-struct Machine {
-    folder: tempfile::TempDir,
-}
-
 impl Machine {
-    /// With a repository.
-    fn new() -> Self {
+    /// With a repository and a folder to mount it at.
+    fn that_mounts() -> Self {
         assert!(
             Path::new("/dev/fuse").exists() && rustix::process::getuid().is_root(),
             "these tests mount file systems: they need root and /dev/fuse (module `fuse`)"
         );
-        let machine = Self { folder: tempfile::tempdir().unwrap() };
-        fs::write(machine.path("key"), [5; 32]).unwrap();
+        let machine = Self::by_key_file();
         fs::create_dir(machine.path("mnt")).unwrap();
         machine.prints(&["init"]);
         machine
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).to_string_lossy().into_owned()
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lifeboat"));
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("LIFEBOAT_REPOSITORY", self.path("repository"));
-        command.env("LIFEBOAT_KEY_FILE", self.path("key")).args(arguments);
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    fn prints(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
     }
 
     /// The id of a new snapshot.
@@ -187,7 +160,7 @@ fn assert_same_parts(one: &Path, other: &Path, seed: u64) {
 
 #[test]
 fn a_mounted_snapshot_is_what_was_backed_up_to_the_last_attribute() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     trees::full_tree(&machine.path("source"));
     for number in 0..700 {
         trees::write(&machine.path("source"), &format!("many/{number}/in"), b"x");
@@ -233,7 +206,7 @@ fn a_mounted_snapshot_is_what_was_backed_up_to_the_last_attribute() {
 
 #[test]
 fn snapshots_are_found_by_time_id_lineage_and_label_and_new_ones_appear() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     let source = machine.path("source");
     trees::write(&source, "a", b"one");
     let first = machine.back_up("source", &["--lineage", "home/me", "--tag", "kind=first"]);
@@ -268,7 +241,7 @@ fn snapshots_are_found_by_time_id_lineage_and_label_and_new_ones_appear() {
 
 #[test]
 fn damage_costs_the_files_that_need_it_and_is_named() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     let source = machine.path("source");
     trees::write(&source, "lost", &noise(1, 3 << 20));
     machine.back_up("source", &[]);
@@ -295,7 +268,7 @@ fn damage_costs_the_files_that_need_it_and_is_named() {
 
 #[test]
 fn what_is_mounted_does_not_expire_meanwhile() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     let source = machine.path("source");
     trees::write(&source, "first", &noise(1, 2 << 20));
     trees::write(&source, "second", &noise(2, 2 << 20));
@@ -325,7 +298,7 @@ fn what_is_mounted_does_not_expire_meanwhile() {
 
 #[test]
 fn images_and_files_of_changed_pages_are_shown_whole() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     let disk = machine.path("disk");
     let mut bytes = vec![0; 24 << 20];
     bytes[3 << 20..][..5_000_000].copy_from_slice(&noise(1, 5_000_000));
@@ -364,7 +337,7 @@ fn images_and_files_of_changed_pages_are_shown_whole() {
 
 #[test]
 fn memory_stays_bounded_while_much_is_read_at_once() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     let source = machine.path("source");
     for number in 0..4 {
         trees::write(&source, &format!("large/{number}"), &noise(number, 32 << 20));
@@ -397,7 +370,7 @@ fn memory_stays_bounded_while_much_is_read_at_once() {
 
 #[test]
 fn what_hinders_a_mount_is_said_and_one_in_use_ends_nevertheless() {
-    let machine = Machine::new();
+    let machine = Machine::that_mounts();
     trees::write(&machine.path("source"), "a", b"one");
     machine.back_up("source", &[]);
     let fails = |arguments: &[&str], code: i32| {

@@ -66,7 +66,7 @@ async fn runs(s: &Scenario, name: &str) -> Result<String> {
     .await?;
     let mut pid = String::new();
     s.eventually("the command in the pod", async || {
-        s.shell("app", "tail -n 1 /tmp/pids 2>/dev/null || true")?.trim().clone_into(&mut pid);
+        s.shell("app", "[ ! -e /tmp/pids ] || tail -n 1 /tmp/pids")?.trim().clone_into(&mut pid);
         Ok(!pid.is_empty())
     })
     .await?;
@@ -76,7 +76,7 @@ async fn runs(s: &Scenario, name: &str) -> Result<String> {
 /// The process is not there any more.
 async fn is_over(s: &Scenario, pid: &str) -> Result<()> {
     s.eventually("the command's process to be gone", async || {
-        Ok(s.shell("app", &format!("kill -0 {pid} 2>/dev/null && echo alive || true"))?.is_empty())
+        Ok(s.shell("app", &format!("[ ! -e /proc/{pid} ] || echo alive"))?.is_empty())
     })
     .await
 }
@@ -102,7 +102,8 @@ fn a_database_comes_back_from_its_dumps() {
         let plan = plan_of(
             &s,
             json!([
-                {"name": "postgres.sql", "selector": selector, "command": ["pg_dump", "-U", "postgres", "postgres"],
+                // By itself pg_dump puts a random word into its first and last lines.
+                {"name": "postgres.sql", "selector": selector, "command": ["pg_dump", "-U", "postgres", "--restrict-key=same", "postgres"],
                     "restore": {"command": ["psql", "-U", "postgres", "-q", "-v", "ON_ERROR_STOP=1", "--single-transaction", "postgres"]}},
                 {"name": "shop.dump", "selector": selector, "container": "db", "timeout": "10m",
                     "command": ["pg_dump", "-U", "postgres", "--format=custom", "shop"],
@@ -126,12 +127,11 @@ fn a_database_comes_back_from_its_dumps() {
         let printed = s.lifeboat(&["cat", snapshot, "postgres.sql"])?;
         ensure!(printed.len() as u64 == transfer.bytes, "{} bytes of {}", printed.len(), transfer.bytes);
         ensure!(printed.contains("PostgreSQL database dump complete"), "the dump has no end");
-        // The same dump once more is not stored once more, but for the chunks of its first and last lines: pg_dump puts a random
-        // word there.
+        // The same dump once more is not stored once more.
         s.start_backup("second", plan).await?;
         let second = s.backup_succeeded("second").await?;
         let again = stream_of(&second)?.transfer.context("transfer")?;
-        ensure!(again.new_bytes < transfer.bytes / 2, "{again:?} after {transfer:?}");
+        ensure!(again.new_bytes < transfer.bytes / 10, "{again:?} after {transfer:?}");
         s.lifeboat(&["check", "--read-data"])?;
 
         s.lose_namespace()?;

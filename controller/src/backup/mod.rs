@@ -41,7 +41,7 @@ use kube::runtime::controller::{Action, Controller};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
-use lifeboat_crds::backup::{DeletionPolicy, Phase, StreamBackupStatus, VolumeBackupStatus};
+use lifeboat_crds::backup::{DeletionPolicy, Phase, StreamBackupStatus, Transfer, VolumeBackupStatus};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
@@ -282,25 +282,36 @@ fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
     observe_streams(run, tasks, now);
     for volume in &mut run.status.volumes {
         let Some(task) = tasks.get(&decide::task_name(&run.uid, volume)) else { continue };
-        volume.message = None;
-        match task::standing(task, now) {
-            Standing::Waiting(message) => volume.message = message,
-            Standing::Running(message) => {
-                volume.phase = Phase::Running;
-                volume.message = message;
-            }
-            Standing::Failed(_, message) => {
-                volume.phase = Phase::Failed;
-                volume.message = Some(message);
-            }
-            Standing::Succeeded => take_result(volume, task),
+        if take_standing(task, now, &mut volume.phase, &mut volume.message) {
+            take_result(volume, task);
         }
-        if volume.snapshot.is_none()
-            && let Some(progress) = task.status.as_ref().and_then(|status| status.progress)
-        {
-            let transfer = volume.transfer.get_or_insert_default();
-            transfer.read_bytes = progress.bytes_done;
+        if volume.snapshot.is_none() {
+            take_progress(task, &mut volume.transfer);
         }
+    }
+}
+
+/// Takes over how a task stands; whether it has succeeded.
+fn take_standing(task: &VolumeTask, now: Timestamp, phase: &mut Phase, message: &mut Option<String>) -> bool {
+    *message = None;
+    match task::standing(task, now) {
+        Standing::Waiting(why) => *message = why,
+        Standing::Running(what) => {
+            *phase = Phase::Running;
+            *message = what;
+        }
+        Standing::Failed(_, why) => {
+            *phase = Phase::Failed;
+            *message = Some(why);
+        }
+        Standing::Succeeded => return true,
+    }
+    false
+}
+
+fn take_progress(task: &VolumeTask, transfer: &mut Option<Transfer>) {
+    if let Some(progress) = task.status.as_ref().and_then(|status| status.progress) {
+        transfer.get_or_insert_default().read_bytes = progress.bytes_done;
     }
 }
 
@@ -308,23 +319,11 @@ fn observe_tasks(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>) {
 fn observe_streams(run: &mut Run, tasks: &BTreeMap<String, VolumeTask>, now: Timestamp) {
     for stream in &mut run.status.streams {
         let Some(task) = tasks.get(&decide::stream_task(&run.uid, stream)) else { continue };
-        stream.message = None;
-        match task::standing(task, now) {
-            Standing::Waiting(message) => stream.message = message,
-            Standing::Running(message) => {
-                stream.phase = Phase::Running;
-                stream.message = message;
-            }
-            Standing::Failed(_, message) => {
-                stream.phase = Phase::Failed;
-                stream.message = Some(message);
-            }
-            Standing::Succeeded => take_stream(stream, task),
+        if take_standing(task, now, &mut stream.phase, &mut stream.message) {
+            take_stream(stream, task);
         }
-        if stream.snapshot.is_none()
-            && let Some(progress) = task.status.as_ref().and_then(|status| status.progress)
-        {
-            stream.transfer.get_or_insert_default().read_bytes = progress.bytes_done;
+        if stream.snapshot.is_none() {
+            take_progress(task, &mut stream.transfer);
         }
     }
 }

@@ -13,6 +13,7 @@ use lifeboat_crds::plan::StreamRestore;
 use lifeboat_crds::restore::{StreamRestoreStatus, StreamsRestore};
 use lifeboat_crds::volume_task::{FeedOperation, Operation, RepositoryAccess};
 use lifeboat_process::access::AccessError;
+use lifeboat_process::telemetry::chain;
 use tracing::info;
 
 use super::{Run, apply};
@@ -185,7 +186,10 @@ async fn order(run: &Run, context: &Context, stream: &StreamRestoreStatus, spot:
     };
     let point = run.status.recovery_point.as_ref().context("no recovery point is pinned")?;
     let found = snapshots.iter().find(|snapshot| snapshot.id.to_string() == point.id);
-    let described = found.and_then(|point| Description::of(point).ok());
+    let described = match found.map(Description::of).transpose() {
+        Ok(described) => described,
+        Err(error) => return Ok(Err((Reason::SourceUnusable, chain(&error)))),
+    };
     let of_name = described.and_then(|point| point.streams.into_iter().find(|one| one.name == stream.name));
     let Some(Stream { restore: Some(StreamRestore { command, timeout }), .. }) = of_name else {
         let message = format!(

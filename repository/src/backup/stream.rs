@@ -17,7 +17,7 @@ use super::read::{Context, Hooks, Outcome};
 use super::store::{Pieces, Storing};
 use super::tree::{StopOnDrop, decide};
 use super::{BackupError, BackupReport, TreeBackup};
-use crate::chunk::KeyedFastCdc;
+use crate::chunk;
 use crate::manifest::{Contents, Entry, Kind, Meta, Regular, Time, is_valid_path};
 use crate::progress::Progress;
 use crate::repository::Repository;
@@ -44,10 +44,13 @@ pub async fn stream_in<E>(
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let chunker = Arc::new(KeyedFastCdc::new(&repository.config().chunker, session.chunker_key()));
-    let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
-    let context = Arc::new(Context::new(None, sink, None, chunker, Arc::clone(&progress), Hooks::default()));
-    decide(&session, &options, &progress, write_stream(context, name, bytes)).await
+    let write = async {
+        let chunker = chunk::chunker(&repository.config().chunker, session.chunker_key())?;
+        let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
+        let context = Arc::new(Context::new(None, sink, None, chunker, Arc::clone(&progress), Hooks::default()));
+        write_stream(context, name, bytes).await
+    };
+    decide(&session, &options, &progress, write).await
 }
 
 /// Stores a stream and the manifest of its file; also tells how many bytes came.
@@ -170,14 +173,19 @@ mod tests {
 
     use super::*;
     use crate::backup::tests::noise;
+    use crate::backup::{VirtualFile, entries};
     use crate::config::ChunkerConfig;
     use crate::double::Double;
+    use crate::keys::Secret;
     use crate::manifest::Manifest;
+    use crate::repository::InitOptions;
+    use crate::session::SessionOptions;
+    use crate::store::memory::Memory;
     use crate::tree::read_pieces;
 
     fn context(double: &Double) -> Arc<Context> {
         let small = ChunkerConfig { min: 16 << 10, average: 64 << 10, max: 256 << 10, ..ChunkerConfig::default() };
-        let chunker = Arc::new(KeyedFastCdc::new(&small, &[2; 32]));
+        let chunker = chunk::chunker(&small, &[2; 32]).unwrap();
         Arc::new(Context::new(None, Arc::new(double.clone()), None, chunker, Arc::default(), Hooks::default()))
     }
 
@@ -234,6 +242,26 @@ mod tests {
         let new = puts.iter().filter(|(kind, id)| *kind == ChunkKind::Data && !before.contains(&(*kind, *id))).count();
         assert!(all > 30 && new <= 4, "{new} of {all} chunks are new");
         assert!(read(&double, &written).await == bytes);
+    }
+
+    /// As the repository's config says, whatever that is: a file and a stream of the same bytes share their chunks.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_stream_is_cut_as_files_are() {
+        for chunker in [ChunkerConfig::default(), ChunkerConfig::fastcdc()] {
+            let secret = Secret::key_file([7; 32]);
+            let options = InitOptions { chunker };
+            let repository = Repository::init(Arc::new(Memory::new()), &secret, options).await.unwrap();
+            let bytes = Bytes::from(noise(1, 8 << 20));
+            let file = VirtualFile { path: "file".into(), bytes: bytes.clone(), mtime: jiff::Timestamp::UNIX_EPOCH };
+            let files = stream::iter([io::Result::Ok(file)]);
+            entries(&repository, files, TreeBackup::default(), Arc::default()).await.unwrap();
+            let session = repository.begin(SessionOptions::default()).await.unwrap();
+            let parts = stream::iter(parts(&bytes, 70_000));
+            let streamed =
+                stream_in(session, &repository, "stream", parts, TreeBackup::default(), Arc::default()).await;
+            let stats = streamed.unwrap().snapshot.stats;
+            assert!(stats.new_bytes < 10_000, "{} of {} bytes are new", stats.new_bytes, bytes.len());
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]

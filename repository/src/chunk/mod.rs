@@ -56,6 +56,17 @@ mod tests {
         lengths
     }
 
+    /// Cut points are a part of the format: if these numbers change, every repository stores everything anew.
+    pub(super) fn are_frozen(config: &ChunkerConfig, by_default: &[usize], of_small: &[usize]) {
+        let default = chunker(config, &[7; 32]).unwrap();
+        assert_eq!(lengths(&*default, &noise(1, 8 << 20)), by_default);
+        let small = ChunkerConfig { min: 2048, average: 8192, max: 32768, ..config.clone() };
+        let small = chunker(&small, &[8; 32]).unwrap();
+        assert_eq!(lengths(&*small, &noise(2, 128 << 10)), of_small);
+        // Nothing to cut at: the largest chunk.
+        assert_eq!(lengths(&*small, &vec![0; 70_001]), [32768, 32768, 4465]);
+    }
+
     fn configs() -> [ChunkerConfig; 2] {
         [ChunkerConfig::default(), ChunkerConfig::fastcdc()]
     }

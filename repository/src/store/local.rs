@@ -75,12 +75,12 @@ fn create(root: &Path, key: &str, payload: &Payload) -> io::Result<PutOutcome> {
     }
     match linked {
         Ok(()) => {
-            sync_parent(&path)?;
+            sync_way(root, &path)?;
             Ok(PutOutcome::Created)
         }
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             // Who relies on the object may find it after a crash as well.
-            sync_parent(&path)?;
+            sync_way(root, &path)?;
             Ok(PutOutcome::Exists)
         }
         Err(error) => Err(error),
@@ -109,6 +109,11 @@ fn create_parents(path: &Path) -> io::Result<()> {
     let missing: Vec<_> = parent.ancestors().take_while(|above| !above.exists()).collect();
     std::fs::create_dir_all(parent)?;
     missing.iter().try_for_each(|made| sync_parent(made))
+}
+
+/// Flushes every directory from `root` to the path. Another may have made them a moment ago and not have flushed them yet.
+fn sync_way(root: &Path, path: &Path) -> io::Result<()> {
+    path.ancestors().take_while(|above| *above != root).try_for_each(sync_parent)
 }
 
 fn sync_parent(path: &Path) -> io::Result<()> {
