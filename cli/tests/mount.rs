@@ -381,7 +381,7 @@ fn what_hinders_a_mount_is_said_and_one_in_use_ends_nevertheless() {
     };
     assert!(fails(&["mount", &machine.text("missing")], 1).contains("does not exist"));
     assert!(fails(&["mount", &machine.text("source")], 1).contains("not empty"));
-    assert!(fails(&["mount", &machine.text("key")], 1).contains("not a folder"));
+    assert!(fails(&["mount", &machine.text("key-file")], 1).contains("not a folder"));
     assert!(fails(&["mount", &machine.text("mnt"), "--snapshot", "ffffffff"], 1).contains("no snapshot"));
     assert!(fails(&["mount", &machine.text("mnt"), "--snapshot", "latest", "--tag", "a=b"], 2).contains("--tag"));
     let writer = machine.path("writer");

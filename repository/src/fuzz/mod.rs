@@ -59,8 +59,8 @@ fn fuzz<T>(name: &str, bound: Bound, samples: &[Vec<u8>], prepare: impl Fn(&[u8]
     for (number, sample) in samples.iter().enumerate() {
         run(sample, &format!("sample {number}"));
     }
-    let seconds = std::env::var("LIFEBOAT_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
-    let end = Instant::now() + Duration::from_secs_f64(seconds.unwrap_or(DEFAULT_SECONDS));
+    let seconds = std::env::var("LIFEBOAT_FUZZ_SECONDS").map_or(DEFAULT_SECONDS, |text| text.parse().unwrap());
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
     let first: u64 = rand::random();
     let mut executions = 0u64;
     while Instant::now() < end {
