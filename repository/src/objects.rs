@@ -9,7 +9,7 @@ use crate::heal::{self, LOST_PREFIX, MAX_STAGED_BYTES, STAGING_PREFIX, Staged};
 use crate::id::SessionId;
 use crate::index::{self, INDEX_PREFIX, MAX_SEGMENT_BYTES, SEAL_MAGIC, Segment, parse_segment_key};
 use crate::keys::{KEYS_PREFIX, MAX_SLOT_BYTES, SessionKeys, Slot};
-use crate::pack::{MAX_PACK_BYTES, parse_header, parse_pack_key, verify_hash};
+use crate::pack::{MAX_PACK_BYTES, parse_header, parse_pack_key, verify_checksum};
 use crate::refset::{MAX_REFSET_BYTES, Refset, parse_refset_key};
 use crate::session::decision::{DECISION_PREFIX, Decision, MAX_DECISION_BYTES, parse_decision_key};
 use crate::session::registration::{self, REGISTRATIONS_PREFIX};
@@ -54,7 +54,7 @@ pub(crate) fn verify(key: &str, bytes: &bytes::Bytes) -> Result<(), String> {
     }
     if key.starts_with("p/") {
         let pack = parse_pack_key(key).ok_or_else(stray)?;
-        verify_hash(bytes).map_err(text)?;
+        verify_checksum(bytes).map_err(text)?;
         let found = parse_header(bytes).map_err(text)?;
         return if found == pack { Ok(()) } else { Err(format!("the object holds the pack {found}")) };
     }

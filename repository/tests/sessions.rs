@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -162,6 +163,21 @@ async fn more_than_a_budget_of_data_flows_through() {
     let packs = store.keys().into_iter().filter(|key| key.starts_with("p/")).count();
     assert!((7..=9).contains(&packs), "{packs} packs for 240 MiB");
     assert_eq!(open(&store).await.reader().unwrap().get(&refs[59]).await.unwrap(), noise(59, 4 << 20));
+}
+
+/// Each takes a KiB of the budget, however small it is: two packs of nothing else must not take it all.
+#[tokio::test]
+async fn very_many_very_small_chunks_leave_room_for_a_large_one() {
+    let (_, repository) = made().await;
+    let session = repository.begin(SessionOptions::default()).await.unwrap();
+    for number in 0..33_500_u32 {
+        let bytes = number.to_le_bytes();
+        put(&session, ChunkKind::Data, &bytes).await;
+        put(&session, ChunkKind::Manifest, &[&bytes[..], b"m"].concat()).await;
+    }
+    let large = noise(1, 16 << 20);
+    let put = tokio::time::timeout(Duration::from_secs(60), put(&session, ChunkKind::Data, &large));
+    assert!(put.await.unwrap().1);
 }
 
 #[tokio::test]

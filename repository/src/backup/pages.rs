@@ -13,6 +13,7 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use tracing::debug;
 
+use crate::crypto::{SecretKey, UniversalHash};
 use crate::manifest::{self, PAGE_BYTES, PAGE_HASH_BYTES, Piece, Regular};
 use crate::sink::{ChunkSink, ChunkSource};
 
@@ -28,13 +29,14 @@ pub(super) const MAP_PAGES: u64 = 2048;
 /// Lists of pieces, and chunks of the map, that are read ahead.
 const AHEAD: usize = 2;
 /// A later form of the hash gets another text.
-const KEY_CONTEXT: &str = "lifeboat 2026 page hash v1";
+const KEY_CONTEXT: &str = "lifeboat 2026 page hash v2";
 
-/// 128 bits of the keyed BLAKE3 of a page.
+/// The universal hash of a page.
 ///
 /// Equal hashes are taken for equal pages, so a false match would keep old bytes. A page is compared with the one page
-/// that lay at its offset, not with all others: for 2^50 compared pages (8 EiB) the chance of one false match is 2^-78.
-/// Who does not have the key cannot look for pages that match.
+/// that lay at its offset, not with all others: each time the chance of a false match is at most 513 / 2^128, so for
+/// 2^50 compared pages (8 EiB) that of a single one is below 2^-68. This holds for pages of somebody who wants a match
+/// as well, because hashes are only kept sealed, with those that may write to the repository.
 pub(super) type PageHash = [u8; PAGE_HASH_BYTES];
 
 /// Stands for pages that no backup hashed; never equal to anything.
@@ -56,7 +58,8 @@ pub(super) enum MapPart {
 
 /// Hashes the pages of a file and gathers its map.
 pub(super) struct PageMap {
-    key: [u8; 32],
+    /// Without it every page counts as changed.
+    hash: Option<UniversalHash>,
     size: u64,
     /// Pages that are in parts already, and in `open`.
     done: u64,
@@ -65,7 +68,8 @@ pub(super) struct PageMap {
 
 impl PageMap {
     pub(super) fn new(sink: &dyn ChunkSink, size: u64) -> Self {
-        Self { key: blake3::derive_key(KEY_CONTEXT, sink.chunker_key()), size, done: 0, open: Vec::new() }
+        let key = SecretKey::new(blake3::derive_key(KEY_CONTEXT, sink.chunker_key()));
+        Self { hash: UniversalHash::new(&key).ok(), size, done: 0, open: Vec::new() }
     }
 
     /// The hashes of the pages that a range of the file touches. Those that it has only a part of are unknown.
@@ -79,7 +83,7 @@ impl PageMap {
             let stop = next.min(end);
             hashes.push(if is_whole {
                 let page = &bytes[within(start - at)..within(stop - at)];
-                *blake3::keyed_hash(&self.key, page).as_bytes().first_chunk().unwrap_or(&UNKNOWN)
+                self.hash.as_ref().and_then(|hash| hash.hash(page).ok()).unwrap_or(UNKNOWN)
             } else {
                 UNKNOWN
             });

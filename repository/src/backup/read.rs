@@ -41,7 +41,7 @@ const SCAN_BYTES: u64 = 64 << 20;
 /// Large files that are read at once.
 const STREAMS: usize = 3;
 /// Bytes cut but not yet stored, all files together, in KiB.
-const MEMORY_KIB: usize = 24 << 10;
+const MEMORY_KIB: usize = 16 << 10;
 /// Chunks of one file that are stored at once.
 const IN_FLIGHT: usize = 8;
 /// Shorter holes are read as zeros: their bookkeeping would cost more.

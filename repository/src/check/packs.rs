@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
 use crate::id::{PackId, Place};
 use crate::keyring::KeyRingError;
-use crate::pack::{Directory, FrameError, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_hash};
+use crate::pack::{Directory, FrameError, MAX_PACK_BYTES, open_frame, pack_key, parse_header, verify_checksum};
 use crate::refset::Refset;
 use crate::share::{Cursor, choose};
 use crate::store::StoreError;
@@ -108,7 +108,7 @@ async fn check_pack(
         Err(error) => return Err(error.into()),
     };
     checked.bytes_read = bytes.len() as u64;
-    let hash = verify_hash(&bytes).and_then(|()| parse_header(&bytes));
+    let hash = verify_checksum(&bytes).and_then(|()| parse_header(&bytes));
     match hash {
         Ok(found) if found == pack => {}
         Ok(found) => checked.problems.push(problem(format!("the object holds the pack {found}"))),

@@ -18,7 +18,7 @@ use crate::directories::DirectoryError;
 use crate::engine::Engine;
 use crate::id::{PackId, Place, SessionId, SnapshotId};
 use crate::keyring::KeyRingError;
-use crate::pack::{Directory, MAX_PACK_BYTES, PackBuilder, PackKind, pack_key, verify_hash};
+use crate::pack::{Directory, MAX_PACK_BYTES, PackBuilder, PackKind, pack_key, verify_checksum};
 use crate::parallel::at_once;
 use crate::session::references::refset;
 use crate::session::{MovedRefs, Session, SessionError, SessionOptions};
@@ -241,7 +241,7 @@ impl Copy<'_> {
             // No mark would name the new place of a chunk that is lost.
             return Ok(false);
         }
-        if let Err(error) = verify_hash(&bytes) {
+        if let Err(error) = verify_checksum(&bytes) {
             warn!(pack = %source.pack, %error, "a damaged pack is not repacked");
             return Ok(false);
         }

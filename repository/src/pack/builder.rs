@@ -1,6 +1,7 @@
 //! Fills a pack with frames and closes it.
 
 use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::directory::{Directory, SlotEntry};
 use super::frame::{Expected, SealedFrame};
@@ -98,10 +99,10 @@ impl PackBuilder {
         let directory = Directory::new(self.origins, self.slots);
         let sealed = directory.seal(self.id, structure)?;
         let pad = layout::padding(self.len + sealed.len() + layout::TRAILER_BYTES);
-        let mut hasher = blake3::Hasher::new();
+        let mut checksum = Xxh3::new();
         let mut payload = Payload::default();
         let mut push = |piece: Bytes| {
-            hasher.update(&piece);
+            checksum.update(&piece);
             payload.push(piece);
         };
         push(Bytes::copy_from_slice(&layout::header(self.id, self.kind)));
@@ -115,7 +116,7 @@ impl PackBuilder {
         };
         push(sealed.into());
         push(Bytes::copy_from_slice(&layout::trailer_head(span)));
-        payload.push(Bytes::copy_from_slice(&layout::trailer_tail(&hasher.finalize())));
+        payload.push(Bytes::copy_from_slice(&layout::trailer_tail(&checksum)));
         Ok(SealedPack { id: self.id, payload, directory })
     }
 }
@@ -149,7 +150,7 @@ mod tests {
         let pack = pack_of(&[b"one", b"", &[7; 3000]], &data, &structure);
         let bytes = pack.payload.to_bytes();
         assert_eq!(bytes.len() % 512, 0);
-        layout::verify_hash(&bytes).unwrap();
+        layout::verify_checksum(&bytes).unwrap();
         assert_eq!(layout::parse_header(&bytes), Ok(pack.id));
         let span = DirectorySpan::parse(&bytes).unwrap();
         let sealed = &bytes[span.offset as usize..][..span.len as usize];
@@ -162,12 +163,12 @@ mod tests {
         for at in 0..bytes.len() {
             let mut changed = bytes.to_vec();
             changed[at] ^= 1;
-            assert!(layout::verify_hash(&changed).is_err(), "byte {at}");
+            assert!(layout::verify_checksum(&changed).is_err(), "byte {at}");
         }
         let other = PackId { seq: 6, ..pack.id };
         assert!(Directory::open(other, span, sealed, &structure).is_err());
         for cut in 0..bytes.len() {
-            assert!(layout::verify_hash(&bytes[..cut]).is_err());
+            assert!(layout::verify_checksum(&bytes[..cut]).is_err());
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Where things lie in a pack: header, frames, padding, sealed directory, trailer.
 
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
 use crate::id::{PackId, SessionId};
 use crate::wire::{Fields, WireError};
 
@@ -11,8 +13,13 @@ pub(crate) const MAX_PACK_BYTES: u64 = 64 << 20;
 pub(crate) const HEADER_BYTES: usize = 64;
 /// Size of the trailer.
 pub(crate) const TRAILER_BYTES: usize = 64;
-/// Bytes of the trailer that the hash covers: everything before the hash.
-const HASHED_TRAILER_BYTES: usize = 16;
+/// Bytes of the trailer that the checksum covers: everything before the checksum.
+const COVERED_TRAILER_BYTES: usize = 16;
+/// Size of the checksum: XXH3 with 128 bits.
+///
+/// It finds what disks and networks do to bytes, without a key. Who changes bytes on purpose can change it as well, as
+/// any checksum without a key: against them stand the frames and the directory, which are sealed.
+const CHECKSUM_BYTES: usize = 16;
 
 const HEADER_MAGIC: &[u8; 8] = b"LBPACK01";
 const TRAILER_MAGIC: &[u8; 8] = b"LBPEND01";
@@ -76,9 +83,9 @@ pub(crate) struct DirectorySpan {
     pub(crate) slots: u32,
 }
 
-/// The trailer's first part, which the hash covers.
-pub(crate) fn trailer_head(span: DirectorySpan) -> [u8; HASHED_TRAILER_BYTES] {
-    let mut bytes = [0; HASHED_TRAILER_BYTES];
+/// The trailer's first part, which the checksum covers.
+pub(crate) fn trailer_head(span: DirectorySpan) -> [u8; COVERED_TRAILER_BYTES] {
+    let mut bytes = [0; COVERED_TRAILER_BYTES];
     for (field, number) in
         bytes.chunks_exact_mut(4).zip([span.offset, span.len, span.slots, crate::config::FORMAT_VERSION])
     {
@@ -88,9 +95,9 @@ pub(crate) fn trailer_head(span: DirectorySpan) -> [u8; HASHED_TRAILER_BYTES] {
 }
 
 /// The trailer's second part.
-pub(crate) fn trailer_tail(hash: &blake3::Hash) -> [u8; TRAILER_BYTES - HASHED_TRAILER_BYTES] {
-    let mut bytes = [0; TRAILER_BYTES - HASHED_TRAILER_BYTES];
-    bytes[..32].copy_from_slice(hash.as_bytes());
+pub(crate) fn trailer_tail(covered: &Xxh3) -> [u8; TRAILER_BYTES - COVERED_TRAILER_BYTES] {
+    let mut bytes = [0; TRAILER_BYTES - COVERED_TRAILER_BYTES];
+    bytes[..CHECKSUM_BYTES].copy_from_slice(&covered.digest128().to_le_bytes());
     bytes[40..].copy_from_slice(TRAILER_MAGIC);
     bytes
 }
@@ -104,8 +111,8 @@ impl DirectorySpan {
         let mut fields = Fields::new(trailer);
         let span = Self { offset: fields.u32()?, len: fields.u32()?, slots: fields.u32()? };
         fields.expect(&crate::config::FORMAT_VERSION.to_le_bytes(), "unknown version of the trailer")?;
-        fields.take(32)?;
-        fields.expect(&[0; 8], "reserved bytes of the trailer are not zero")?;
+        fields.take(CHECKSUM_BYTES)?;
+        fields.expect(&[0; 24], "reserved bytes of the trailer are not zero")?;
         fields.expect(TRAILER_MAGIC, "the pack does not end like one: truncated")?;
         if u64::from(span.offset) + u64::from(span.len) > MAX_PACK_BYTES || span.slots > u32::from(u16::MAX) + 1 {
             return Err(fields.error("the trailer names a directory outside of the pack"));
@@ -114,14 +121,14 @@ impl DirectorySpan {
     }
 }
 
-/// Compares the trailer's hash with all bytes before it. No key is needed.
-pub(crate) fn verify_hash(pack: &[u8]) -> Result<(), WireError> {
+/// Compares the trailer's checksum with all bytes before it. No key is needed.
+pub(crate) fn verify_checksum(pack: &[u8]) -> Result<(), WireError> {
     DirectorySpan::parse(pack)?;
-    let hash_at = pack.len() - (TRAILER_BYTES - HASHED_TRAILER_BYTES);
-    if blake3::hash(&pack[..hash_at]).as_bytes() == &pack[hash_at..hash_at + 32] {
+    let at = pack.len() - (TRAILER_BYTES - COVERED_TRAILER_BYTES);
+    if xxh3_128(&pack[..at]).to_le_bytes() == pack[at..at + CHECKSUM_BYTES] {
         Ok(())
     } else {
-        Err(WireError { what: "the pack's hash does not fit its bytes", at: hash_at })
+        Err(WireError { what: "the pack's checksum does not fit its bytes", at })
     }
 }
 

@@ -15,6 +15,6 @@ pub(crate) use directory::{Directory, SlotEntry};
 pub(crate) use experience::Experience;
 pub(crate) use frame::{Expected, FRAME_ROOM, FrameError, SealedFrame, open_frame, seal_frame};
 pub(crate) use layout::{
-    DirectorySpan, MAX_PACK_BYTES, PACKS_PREFIX, PackKind, TRAILER_BYTES, pack_key, parse_header, parse_pack_key,
-    verify_hash,
+    DirectorySpan, MAX_PACK_BYTES, PACKS_PREFIX, PackKind, TARGET_PACK_BYTES, TRAILER_BYTES, pack_key, parse_header,
+    parse_pack_key, verify_checksum,
 };

@@ -38,7 +38,7 @@ impl Session {
     /// Uploads a pack of copied frames.
     pub(crate) async fn store_pack(&self, builder: PackBuilder) -> Result<(), SessionError> {
         drop(self.shared.usable()?);
-        self.shared.upload(OpenPack { builder, permits: Vec::new() }).await
+        self.shared.upload(OpenPack { builder, permit: None }).await
     }
 
     /// Commits the new references: from now on they are the snapshots' in place of the versions that they come from.

@@ -20,15 +20,15 @@ use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use crate::index::{SEGMENT_ENTRIES, Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
-use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, seal_frame};
+use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, TARGET_PACK_BYTES, seal_frame};
 use crate::refset::{Refset, refset_key};
-use crate::sink::ChunkKind;
+use crate::sink::{ChunkKind, MAX_CHUNK_BYTES};
 use crate::snapshot::{NewSnapshot, Snapshot};
 use crate::store::StoreError;
 
-/// Bytes that may wait in open packs and uploads. The two open packs hold less than 32 MiB each (a fuller one is
+/// Bytes that may wait in open packs and uploads. The two open packs hold less than 32 MiB of it each (a fuller one is
 /// uploaded) and a chunk has at most 16 MiB, so that a chunk always finds room and nothing waits for ever.
-const BUDGET_BYTES: usize = 96 << 20;
+const BUDGET_BYTES: usize = 2 * TARGET_PACK_BYTES + MAX_CHUNK_BYTES + PERMIT_BYTES;
 /// The semaphore counts in KiB.
 const PERMIT_BYTES: usize = 1 << 10;
 /// After this many packs an index segment is published, so that an aborted long session leaves little to do twice.
@@ -73,7 +73,16 @@ pub(super) struct Counters {
 #[derive(Debug)]
 pub(super) struct OpenPack {
     pub(super) builder: PackBuilder,
-    pub(super) permits: Vec<OwnedSemaphorePermit>,
+    /// A pack that counts in no budget has none.
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+}
+
+impl OpenPack {
+    /// Frames take whole permits: many small ones fill the pack's share of the budget before they fill the pack.
+    fn is_full(&self) -> bool {
+        let held = self.permit.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        self.builder.is_full() || held >= TARGET_PACK_BYTES / PERMIT_BYTES
+    }
 }
 
 #[derive(Debug, Default)]
@@ -368,7 +377,7 @@ impl Shared {
     }
 
     pub(super) async fn upload(&self, pack: OpenPack) -> Result<(), SessionError> {
-        let OpenPack { builder, permits } = pack;
+        let OpenPack { builder, permit } = pack;
         let ciphers = Arc::clone(&self.ciphers);
         let sealed = tokio::task::spawn_blocking(move || builder.seal(&ciphers.structure))
             .await
@@ -397,7 +406,7 @@ impl Shared {
             writing.unpublished_packs += 1;
             writing.unpublished_packs >= PACKS_PER_SEGMENT || writing.unpublished.len() >= SEGMENT_ENTRIES
         };
-        drop(permits);
+        drop(permit);
         if is_due { self.publish().await } else { Ok(()) }
     }
 
@@ -555,13 +564,16 @@ impl Shared {
         let mut open = open.unwrap_or_else(|| {
             let seq = writing.next_pack;
             writing.next_pack += 1;
-            OpenPack { builder: PackBuilder::new(PackId { session: self.id, seq }, kind), permits: Vec::new() }
+            OpenPack { builder: PackBuilder::new(PackId { session: self.id, seq }, kind), permit: None }
         });
         let id = frame.id;
         let place = Place { pack: open.builder.id, slot: open.builder.push(frame) };
-        open.permits.push(permit);
+        match &mut open.permit {
+            Some(held) => held.merge(permit),
+            none => *none = Some(permit),
+        }
         writing.own.insert(id, place);
-        if open.builder.is_full() {
+        if open.is_full() {
             return Ok(Ok((place, Some(open))));
         }
         *writing.open_pack(kind) = Some(open);
