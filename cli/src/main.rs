@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    lifeboat_repository::arenas::few_arenas();
     let arguments = options::Arguments::parse();
     // The library for mounts warns of what is no failure: of questions that it has no answer for, of a mount that another took away.
     let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");

@@ -176,7 +176,7 @@ async fn very_many_very_small_chunks_leave_room_for_a_large_one() {
         put(&session, ChunkKind::Manifest, &[&bytes[..], b"m"].concat()).await;
     }
     let large = noise(1, 16 << 20);
-    let put = tokio::time::timeout(Duration::from_secs(60), put(&session, ChunkKind::Data, &large));
+    let put = tokio::time::timeout(Duration::from_mins(1), put(&session, ChunkKind::Data, &large));
     assert!(put.await.unwrap().1);
 }
 
