@@ -1,5 +1,9 @@
 //! A model of writing and expiring without locks, searched exhaustively: every interleaving of writers, deleters, a
-//! repacking session and a reader, with forced aborts, deleters that stop anywhere, and listings of any age.
+//! repacking session, a reader and one who merges the index, with forced aborts, deleters that stop anywhere, and listings
+//! of any age.
+//!
+//! Of merging it has what expiry depends on: which segments may be merged and so go away. That a merged segment is still
+//! found is what `merge_model` searches.
 //!
 //! It is a model of the protocol, not of the code; `expire/tests` run the code. Each rule of the protocol has a mutation
 //! here that leaves it out, and that the search must find a loss for: otherwise the model would prove nothing.
@@ -31,6 +35,17 @@ enum Mutation {
     InheritWithoutAskingWhatLives,
     BeginARoundBeforeTheLastIsDone,
     IgnorePins,
+    /// `Run::merge_index` merges whatever waits.
+    MergeWhatIsOpen,
+    /// It merges what is settled by the registrations that it read, also of sessions of which it learned later: they
+    /// registered since, so that none of them is among these. This was a loss in the code.
+    MergeWhatCameLater,
+    /// `Run::open_sessions` reads the registrations of the settled epoch only.
+    MergeByOneEpoch,
+    /// `Run::sort_packs` asks the segments of sessions of any epoch what they published.
+    CleanWhateverTheEpoch,
+    /// `Run::look` does not look for `final` after the segments.
+    CleanWithoutLookingForFinal,
 }
 
 /// What a session does.
@@ -101,9 +116,33 @@ enum Deleter {
         round: usize,
         left: Set,
     },
-    /// Took a pack of an aborted session for unpublished.
+    /// Found no segment of an aborted session, when this round was the newest that is done: `published::seal`.
     Cleaning {
         session: usize,
+        settled: usize,
+    },
+    /// Took its pack for unpublished: `Run::delete_unpublished` follows.
+    Cleared {
+        session: usize,
+    },
+}
+
+/// The steps of `Run::merge_index`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Merger {
+    Idle,
+    /// `Index::waiting`: the sessions of which a segment was loaded.
+    Loaded {
+        waiting: Set,
+    },
+    /// `Run::standing`: the newest round that is done.
+    Stands {
+        waiting: Set,
+        settled: usize,
+    },
+    /// The sessions whose segments it takes.
+    Chose {
+        sessions: Set,
     },
 }
 
@@ -115,12 +154,19 @@ struct State {
     /// By epoch and lane.
     sealed: [[bool; 2]; 4],
     exists: Set,
+    /// Packs that the index names, in segments or merged.
     published: Set,
     /// Sessions whose index is sealed.
     closed: Set,
+    /// Sessions whose segment is in a version of the index, and those whose segment was removed for that.
+    merged: Set,
+    removed: Set,
     forgotten: Set,
+    /// Sessions whose commit expired and was removed.
+    dropped: Set,
     sessions: Vec<Session>,
     deleters: Vec<Deleter>,
+    mergers: Vec<Merger>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +186,13 @@ enum Action {
     Look(usize, bool),
     Go(usize),
     Abort(usize, usize),
-    Clean(usize, usize),
+    /// `Run::abort_silent`, by whoever looks.
+    Silence(usize),
+    /// A deleter, a session, the newest round that is done as the deleter saw it.
+    Clean(usize, usize, usize),
+    Merge(usize),
+    /// `Index::clean`, by anybody, of a session's segment.
+    Remove(usize),
 }
 
 #[derive(Clone)]
@@ -149,6 +201,7 @@ struct Protocol {
     deleters: usize,
     rounds: usize,
     lanes: usize,
+    mergers: usize,
     /// Snapshots that are forgotten from the beginning, and those that may be at any time.
     forgotten: Set,
     may_forget: Set,
@@ -206,9 +259,34 @@ impl State {
         self.sealed[epoch][..lanes].iter().all(|sealed| *sealed)
     }
 
-    /// Sessions of epochs before the round's that are not decided and that it must wait for.
+    fn is_done(&self, round: usize) -> bool {
+        round == 0 || self.done[round]
+    }
+
+    fn settled(&self) -> usize {
+        (0..4).rev().find(|round| self.is_done(*round)).unwrap_or(0)
+    }
+
+    /// `registered` of an epoch.
+    fn registered(&self, epoch: usize) -> Set {
+        let is_in = |s: &usize| self.sessions[*s].step != Step::Start && self.sessions[*s].epoch == epoch;
+        (0..self.sessions.len()).filter(is_in).fold(0, |all, session| all | bit(session))
+    }
+
+    /// Whether the session's segment lies in the store.
+    fn has_segment(&self, session: usize) -> bool {
+        self.published & bit(2 + session) != 0 && self.removed & bit(session) == 0
+    }
+
+    /// Sessions of which a segment is not merged.
+    fn waiting(&self) -> Set {
+        let waits = |s: &usize| self.has_segment(*s) && self.merged & bit(*s) == 0;
+        (0..self.sessions.len()).filter(waits).fold(0, |all, session| all | bit(session))
+    }
+
+    /// Sessions of the epoch before the round's that are not decided and that it must wait for.
     fn running(&self, round: usize) -> Vec<usize> {
-        let is_running = |s: &Session| s.step != Step::Start && s.epoch < round && s.decision.is_none();
+        let is_running = |s: &Session| s.step != Step::Start && s.epoch + 1 == round && s.decision.is_none();
         (0..self.sessions.len())
             .filter(|s| is_running(&self.sessions[*s]) && self.sessions[*s].kind != Kind::Reader)
             .collect()
@@ -236,7 +314,8 @@ impl State {
     }
 
     fn candidates(&self, is_fresh: bool) -> Set {
-        let decided = (0..self.sessions.len()).filter(|s| self.sessions[*s].decision.is_some());
+        let is_decided = |s: &usize| self.sessions[*s].decision.is_some() || self.dropped & bit(*s) != 0;
+        let decided = (0..self.sessions.len()).filter(is_decided);
         let of_decided = decided.fold(bit(0) | bit(1), |all, session| all | bit(2 + session));
         let moved = self.mover(usize::MAX);
         let live = self.snapshots(usize::MAX).into_iter().filter(|s| self.forgotten & bit(*s) == 0);
@@ -288,9 +367,13 @@ impl Model for Protocol {
             exists: bit(0) | bit(1),
             published: bit(0) | bit(1),
             closed: 0,
+            merged: 0,
+            removed: 0,
             forgotten: self.forgotten,
+            dropped: 0,
             sessions: self.kinds.iter().map(session).collect(),
             deleters: vec![Deleter::Idle; self.deleters],
+            mergers: vec![Merger::Idle; self.mergers],
         }]
     }
 
@@ -306,6 +389,9 @@ impl Model for Protocol {
         }
         for (number, deleter) in state.deleters.iter().enumerate() {
             self.deleter_actions(state, number, *deleter, actions);
+        }
+        if self.mergers > 0 {
+            self.merge_actions(state, actions);
         }
     }
 
@@ -358,13 +444,17 @@ impl Model for Protocol {
                 state.deleters[n] = looked;
             }
             Action::Go(n) => self.go(&mut state, n),
-            Action::Abort(_, session) => _ = state.sessions[session].decision.get_or_insert(Decision::Aborted),
-            Action::Clean(n, session) => {
+            Action::Abort(_, session) | Action::Silence(session) => {
+                state.sessions[session].decision.get_or_insert(Decision::Aborted);
+            }
+            Action::Clean(n, session, settled) => {
                 if !self.is(Mutation::CleanWithoutSealingTheIndex) {
                     state.closed |= bit(session);
                 }
-                state.deleters[n] = Deleter::Cleaning { session };
+                state.deleters[n] = Deleter::Cleaning { session, settled };
             }
+            Action::Merge(n) => self.merge(&mut state, n),
+            Action::Remove(session) => state.removed |= bit(session),
         }
         (state != *before).then_some(state)
     }
@@ -384,6 +474,11 @@ impl Model for Protocol {
                 state.done[protocol.rounds]
             }),
             Property::sometimes("something is deleted", |_, state: &State| state.exists & bit(0) == 0),
+            Property::sometimes(REMOVED, |_, state: &State| state.removed != 0),
+            Property::sometimes(LATE_ABORT, |_, state: &State| {
+                let is_aborted = |s: &usize| state.sessions[*s].decision == Some(Decision::Aborted);
+                (0..state.sessions.len()).filter(is_aborted).any(|s| state.dropped & state.removed & bit(s) != 0)
+            }),
             Property::sometimes("something is rescued", |_, state: &State| {
                 (1..4).any(|k| state.finals[k].is_some_and(|f| f.packs != state.condemned[k].unwrap_or(0)))
             }),
@@ -433,9 +528,15 @@ impl Protocol {
                     actions.extend([Action::Look(n, true), Action::Look(n, false)]);
                 }
                 for (number, session) in state.sessions.iter().enumerate() {
-                    let pack = bit(2 + number);
-                    if session.decision == Some(Decision::Aborted) && state.exists & !state.published & pack != 0 {
-                        actions.push(Action::Clean(n, number));
+                    let is_there = state.exists & bit(2 + number) != 0;
+                    if session.decision == Some(Decision::Aborted) && is_there && !state.has_segment(number) {
+                        // It may have looked at the rounds long ago.
+                        let is_recent = state.is_done(session.epoch);
+                        if self.is(Mutation::CleanWhateverTheEpoch) {
+                            actions.push(Action::Clean(n, number, state.settled()));
+                        } else if is_recent {
+                            actions.push(Action::Clean(n, number, session.epoch));
+                        }
                     }
                 }
             }
@@ -500,6 +601,7 @@ impl Protocol {
                 Deleter::Deleting { round, left: decided.packs }
             }
             Deleter::Deleting { round, left: 0 } => {
+                self.drop_commits(state, round);
                 state.done[round] = true;
                 Deleter::Idle
             }
@@ -508,13 +610,78 @@ impl Protocol {
                 state.exists &= !pack;
                 Deleter::Deleting { round, left: left & !pack }
             }
-            Deleter::Cleaning { session } => {
-                // With the index sealed, what is not published now never will be.
-                let sealed = state.closed & bit(session) != 0;
-                if !sealed || state.published & bit(2 + session) == 0 {
-                    state.exists &= !bit(2 + session);
-                }
+            Deleter::Cleaning { settled, .. }
+                if state.finals[settled + 1].is_some() && !self.is(Mutation::CleanWithoutLookingForFinal) =>
+            {
                 Deleter::Idle
+            }
+            Deleter::Cleaning { session, .. } => Deleter::Cleared { session },
+            Deleter::Cleared { session } => {
+                state.exists &= !bit(2 + session);
+                Deleter::Idle
+            }
+        };
+    }
+
+    /// `Run::remove_dropped`: the commits of which nothing lives; also by who repeats it, whatever is in their place now.
+    fn drop_commits(&self, state: &mut State, round: usize) {
+        let Some(decided) = state.finals[round] else { return };
+        for n in 0..state.sessions.len() {
+            let session = state.sessions[n];
+            let is_of_writer = self.kinds[n] == Kind::Writer && session.step != Step::Start && session.epoch < round;
+            let has_committed = state.committed(n) || state.dropped & bit(n) != 0;
+            if is_of_writer && has_committed && decided.live & bit(2 + n) == 0 {
+                state.sessions[n].decision = None;
+                state.dropped |= bit(n);
+            }
+        }
+    }
+
+    fn merge_actions(&self, state: &State, actions: &mut Vec<Action>) {
+        let waits = state.waiting() != 0 || self.is(Mutation::MergeWhatCameLater);
+        let goes = |n: &usize| waits || state.mergers[*n] != Merger::Idle;
+        actions.extend((0..self.mergers).filter(goes).map(Action::Merge));
+        for (number, session) in state.sessions.iter().enumerate() {
+            let has_pack = state.exists & bit(2 + number) != 0;
+            // Also who looked at the rounds and the registrations long ago.
+            if has_pack && session.decision.is_none() && state.is_done(session.epoch) {
+                actions.push(Action::Silence(number));
+            }
+            if state.merged & !state.removed & bit(number) != 0 {
+                actions.push(Action::Remove(number));
+            }
+        }
+    }
+
+    /// A step of `Run::merge_index`. Who dies in between takes no more steps; what it left is removed by [`Action::Remove`].
+    fn merge(&self, state: &mut State, n: usize) {
+        let all = 0..state.sessions.len();
+        state.mergers[n] = match state.mergers[n] {
+            Merger::Idle => Merger::Loaded { waiting: state.waiting() },
+            Merger::Loaded { waiting } => {
+                let newest = state.newest();
+                let settled = if state.is_done(newest) { newest } else { newest - 1 };
+                Merger::Stands { waiting, settled }
+            }
+            // `Run::open_sessions` looks again whether the next round is done; the order of its reads makes that needless.
+            Merger::Stands { waiting, settled } => {
+                let next = if self.is(Mutation::MergeByOneEpoch) { 0 } else { state.registered(settled + 1) };
+                let open = state.registered(settled) | next;
+                // Also what the process remembers of commits that expired since.
+                let has_committed = |s: &usize| state.committed(*s) || state.dropped & bit(*s) != 0;
+                let committed = all.filter(has_committed).fold(0, |set, session| set | bit(session));
+                match self.mutation {
+                    Mutation::MergeWhatIsOpen => Merger::Chose { sessions: waiting },
+                    Mutation::MergeWhatCameLater => Merger::Chose { sessions: committed | !open },
+                    _ if waiting & (committed | !open) == 0 => Merger::Idle,
+                    _ => Merger::Chose { sessions: waiting & (committed | !open) },
+                }
+            }
+            Merger::Chose { sessions } => {
+                // The index may have loaded more meanwhile; of what is gone there is nothing to take.
+                let takes = |s: &usize| sessions & bit(*s) != 0 && state.has_segment(*s);
+                state.merged |= all.filter(takes).fold(0, |set, session| set | bit(session));
+                Merger::Idle
             }
         };
     }
@@ -526,6 +693,7 @@ fn writers(count: usize, deleters: usize, rounds: usize, mutation: Mutation) -> 
         deleters,
         rounds,
         lanes: 1,
+        mergers: 0,
         forgotten: bit(OLD_PARENT),
         may_forget: 0,
         mutation,
@@ -536,13 +704,23 @@ fn with(kinds: &[Kind], may_forget: Set, mutation: Mutation) -> Protocol {
     Protocol { kinds: kinds.to_vec(), may_forget, lanes: 2, ..writers(0, 1, 2, mutation) }
 }
 
+/// Two writers, of which the first one's snapshot may be forgotten, and one who merges the index.
+fn merging(deleters: usize, rounds: usize, mutation: Mutation) -> Protocol {
+    Protocol { mergers: 1, may_forget: bit(2), ..writers(2, deleters, rounds, mutation) }
+}
+
 /// Searches everything and tells how many states there are.
 fn holds(protocol: Protocol) -> usize {
+    let merges = protocol.mergers > 0;
     let checker = protocol.checker().threads(2).spawn_bfs().join();
     checker.assert_no_discovery("nothing that lives is lost");
     checker.assert_no_discovery("nothing that is read is lost");
     checker.assert_any_discovery("all rounds are done");
     checker.assert_any_discovery("something is deleted");
+    if merges {
+        checker.assert_any_discovery(REMOVED);
+        checker.assert_any_discovery(LATE_ABORT);
+    }
     checker.unique_state_count()
 }
 
@@ -560,6 +738,8 @@ fn loses(protocol: Protocol, what: &'static str) {
 }
 
 const LIVES: &str = "nothing that lives is lost";
+const REMOVED: &str = "a merged segment is removed";
+const LATE_ABORT: &str = "a session is aborted of which the commit expired and the segment is merged";
 
 #[test]
 fn two_writers_and_two_deleters_lose_nothing_in_two_rounds() {
@@ -583,6 +763,31 @@ fn a_writer_beside_one_who_repacks_and_one_who_expires_loses_nothing() {
 fn what_a_reader_pinned_is_not_lost_while_others_repack_and_forget() {
     let states = holds(with(&[Kind::Mover, Kind::Reader], bit(OLD_MOVED), Mutation::None));
     assert!(states > 1_000, "{states}");
+}
+
+#[test]
+fn writers_and_two_deleters_beside_one_who_merges_the_index_lose_nothing() {
+    let states = holds(merging(2, 1, Mutation::None));
+    assert!(states > 500_000, "{states}");
+}
+
+#[test]
+fn writers_and_a_deleter_beside_one_who_merges_the_index_lose_nothing_in_two_rounds() {
+    let states = holds(merging(1, 2, Mutation::None));
+    assert!(states > 500_000, "{states}");
+}
+
+#[test]
+fn every_rule_of_merging_beside_expiry_is_needed() {
+    for mutation in [
+        Mutation::MergeWhatIsOpen,
+        Mutation::MergeWhatCameLater,
+        Mutation::MergeByOneEpoch,
+        Mutation::CleanWhateverTheEpoch,
+        Mutation::CleanWithoutLookingForFinal,
+    ] {
+        loses(merging(1, 1, mutation), LIVES);
+    }
 }
 
 #[test]
