@@ -272,7 +272,7 @@ async fn damaged_data_costs_the_files_that_need_it_and_is_located() {
     let full = reopened.check(CheckOptions::all_data(), Arc::default()).await.unwrap();
     let problems: Vec<_> = full.problems.iter().map(ToString::to_string).collect();
     assert!(
-        problems.iter().any(|p| p.contains("offset 64")) && problems.iter().any(|p| p.contains("hash")),
+        problems.iter().any(|p| p.contains("offset 64")) && problems.iter().any(|p| p.contains("checksum")),
         "{problems:?}"
     );
     store.delete(&pack).await.unwrap();

@@ -1,6 +1,7 @@
 //! Finds, fetches, opens and verifies chunks.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -43,13 +44,15 @@ impl Located {
 #[derive(Debug)]
 pub struct Reader {
     engine: Arc<Engine>,
-    /// Whether the index was loaded: only needed when a place is stale.
-    index_loaded: Mutex<bool>,
+    /// How often loading the index began: it is only needed when a place is stale.
+    loads: AtomicU64,
+    /// The number of the last load that succeeded.
+    loaded: Mutex<u64>,
 }
 
 impl Reader {
     pub(crate) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, index_loaded: Mutex::new(false) }
+        Self { engine, loads: AtomicU64::new(0), loaded: Mutex::default() }
     }
 
     /// Whether data can be read, not only manifests.
@@ -69,27 +72,40 @@ impl Reader {
         self.locate_by_index(chunk).await
     }
 
+    /// A chunk is missing only if an index says so that was loaded after it was asked for: what is pinned and was moved
+    /// since the index was loaded is in a later one.
     async fn locate_by_index(&self, chunk: &ChunkRef) -> Result<Located, ReadError> {
+        let loads = self.loads.load(Ordering::SeqCst);
+        if let Some(found) = self.look_into_index(chunk).await? {
+            return Ok(found);
+        }
         {
-            let mut loaded = self.index_loaded.lock().await;
-            if !*loaded {
+            // Those who wait for the same load share it.
+            let mut loaded = self.loaded.lock().await;
+            if *loaded <= loads {
+                let number = self.loads.fetch_add(1, Ordering::SeqCst) + 1;
                 self.engine
                     .index
                     .refresh()
                     .await
                     .map_err(|source| ReadError::Store { act: "load the index", source: Arc::new(source) })?;
-                *loaded = true;
+                *loaded = number;
             }
         }
+        let found = self.look_into_index(chunk).await?;
+        found.ok_or(ReadError::Missing { id: chunk.id, place: chunk.place })
+    }
+
+    async fn look_into_index(&self, chunk: &ChunkRef) -> Result<Option<Located>, ReadError> {
         let failed = |source| ReadError::Store { act: "look into the index", source: Arc::new(source) };
         for place in self.engine.index.find(&chunk.id).await.map_err(failed)? {
             if place.pack != chunk.place.pack
                 && let Ok(Some(found)) = self.locate_in(place.pack, chunk).await
             {
-                return Ok(found);
+                return Ok(Some(found));
             }
         }
-        Err(ReadError::Missing { id: chunk.id, place: chunk.place })
+        Ok(None)
     }
 
     async fn locate_in(&self, pack: PackId, chunk: &ChunkRef) -> Result<Option<Located>, ReadError> {
@@ -107,7 +123,6 @@ impl Reader {
     /// A chunk whose pack was deleted after its directory was read: expiry moved it, and the index tells where to.
     async fn get_elsewhere(&self, chunk: ChunkRef) -> Result<Bytes, ReadError> {
         self.engine.directories.renew();
-        *self.index_loaded.lock().await = false;
         let located = self.locate(&chunk).await?;
         let start = u64::from(located.entry.offset);
         let frame = self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await?;

@@ -141,3 +141,23 @@ async fn a_damaged_pack_is_not_copied() {
     let report = expire(&repository, impatient()).await;
     assert_eq!((report.packs_repacked, report.packs_left), (0, 1), "{report:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_loaded_the_index_before_finds_what_was_moved_since() {
+    let (store, repository, expected) = worn().await;
+    let other = open(store.clone()).await;
+    let reader = other.reader().unwrap();
+    let mut chunks = Vec::new();
+    for snapshot in other.snapshots().await.unwrap() {
+        chunks.extend(walk(&other, &snapshot).await);
+    }
+    // What is nowhere makes the reader load the index.
+    let nowhere = ChunkRef { id: crate::id::ChunkId([7; 32]), ..chunks[0] };
+    assert_eq!(reader.locate_for_test(&nowhere).await, None);
+    assert_eq!(expire(&repository, impatient()).await.packs_repacked, 1);
+    for chunk in &chunks {
+        assert!(reader.locate_for_test(chunk).await.is_some(), "{chunk:?}");
+    }
+    assert_eq!(reader.locate_for_test(&nowhere).await, None);
+    assert_restores(&other, &expected).await;
+}
