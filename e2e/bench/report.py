@@ -17,7 +17,7 @@ LABEL, BAR, LINE, WIDTH = 170, 340, 18, 600  # pixels of a picture
 def machine() -> str:
     models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    return f"{os.cpu_count()} × {models[0] if models else platform.machine()}, {memory:.0f} GiB, Linux {platform.release()}"
+    return f"{os.cpu_count()} × {models[0] if models else platform.machine()}, {memory:.0f} GiB, Linux {'.'.join(platform.release().split('.')[:2])}"
 
 
 def table(head: str, rows: list[str]) -> list[str]:
@@ -40,9 +40,11 @@ def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left
     wanted = [target.line(results.size) for target in targets(results)]
     text += table("figure | lifeboat | best peer | ratio | target | met", [one for one in wanted if one])
     text += ["## All figures", "", "Negative growth is space given back.", ""]
+    steps = list(dict.fromkeys((row.data_set, row.step) for row in results.rows))
+    rows = sorted(results.rows, key=lambda row: steps.index((row.data_set, row.step)))
     head = "data | step | program | CPU s | wall s | peak MiB | stored MiB"
-    text += table(head, [line(row) for row in results.rows if row.requests is None])
-    remote = [line(row) for row in results.rows if row.requests is not None]
+    text += table(head, [line(row) for row in rows if row.requests is None])
+    remote = [line(row) for row in rows if row.requests is not None]
     if remote:
         text += ["## An S3 server with 30 ms added to each round trip", "", *table(f"{head} | requests", remote)]
     changed = results.changed
@@ -63,7 +65,7 @@ def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left
 
 
 def picture(title: str, groups: dict[str, list[tuple[str, float]]]) -> str:
-    """Bars as SVG, a group a step, each group in its own scale: who needs how many CPU seconds."""
+    """Bars by program as SVG, each group in its own scale and with its name above."""
     parts, y = [f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>'], 34
     for step, bars in groups.items():
         y += LINE
@@ -81,12 +83,15 @@ def picture(title: str, groups: dict[str, list[tuple[str, float]]]) -> str:
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """SVG by file name: one for each data set."""
+    """SVG by file name: one for each data set; peak memory; growth."""
     drawn = {}
     for data_set in dict.fromkeys(row.data_set for row in results.rows):
+        rows = [row for row in results.rows if row.data_set == data_set]
+        remote = rows[0].requests is not None  # where waiting is what counts
         groups: dict[str, list[tuple[str, float]]] = {}
-        for row in results.rows:
-            if row.data_set == data_set:
-                groups.setdefault(row.step, []).append((row.tool, row.cpu))
-        drawn[data_set.replace(", ", "-").replace(" ", "-") + ".svg"] = picture(f"{data_set}: CPU seconds", groups)
-    return drawn
+        for row in rows:
+            groups.setdefault(row.step, []).append((row.tool, row.wall if remote else row.cpu))
+        drawn[data_set.replace(", ", "-").replace(" ", "-")] = picture(f"{data_set}: {'wall' if remote else 'CPU'} seconds", groups)
+    drawn["memory"] = picture("Peak memory of any verb on any set", {"MiB": list(results.peak().items())})
+    drawn["growth"] = picture("Growth when 1% of the pages of an image change", {"MiB": list(results.grown().items())})
+    return {f"{name}.svg": svg for name, svg in drawn.items()}

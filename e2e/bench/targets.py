@@ -30,6 +30,10 @@ class Results:
         """MiB that the changed pages cost, by program."""
         return {name: sum(row.stored for row in self.rows if row.tool == name and row.step.startswith("1%")) for name in self.programs()}
 
+    def peak(self) -> dict[str, float]:
+        """The largest resident set of any step in MiB, by program."""
+        return {name: max(row.rss for row in self.rows if row.tool == name) for name in self.programs()}
+
 
 @dataclass
 class Target:
@@ -75,8 +79,7 @@ def targets(results: Results) -> list[Target]:
     lines.append(Target("unchanged, *small*", results.each("small", "unchanged", cpu), 0.8))
     rate = {tool: results.entries.get("small", 0) / value for tool, value in results.each("small", "unchanged", wall).items()}
     lines.append(Target("unchanged, *small*, wall", rate, 250_000, "entries/s", less=False))
-    peak = {name: max(row.rss for row in results.rows if row.tool == name) for name in results.programs()}
-    lines.append(Target("peak memory of any verb on any set", peak, 128, "MiB"))
+    lines.append(Target("peak memory of any verb on any set", results.peak(), 128, "MiB"))
     lines += [Target(f"full restore, *{name}*", results.each(name, "restore", cpu), 2.4) for name in ("tree", "noise")]
     lines.append(Target("expire half and reclaim, *small*", results.each("small changing", "expire half", cpu), 0.3))
     share = {one.tool: 100 * (one.meanwhile or 0) / one.alone for one in results.tallies}
