@@ -57,8 +57,8 @@ class Proxy:
         inner_reader, inner_writer = await asyncio.open_connection(LOCAL, self.target, limit=CHUNK)
         try:
             await asyncio.gather(self.direction(reader, inner_writer, True), self.direction(inner_reader, writer, False))
-        except ConnectionError:
-            pass  # one side is gone; the other learns it by the close
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # one side is gone, or the proxy ends: the other side learns it by the close
         finally:
             writer.close()
             inner_writer.close()
