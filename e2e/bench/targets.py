@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import floor
 from crowd import Tally
+from data import MIB
 from measure import Row
 
 OURS = "lifeboat"
@@ -73,9 +74,9 @@ def targets(results: Results) -> list[Target]:
         if floor.NAME in by_program:
             share = {tool: value / by_program[floor.NAME] for tool, value in by_program.items()}
             lines.append(Target(f"first backup, *{name}*, by zstd, hash and cipher alone", share, 1.25, "×"))
-    noise = results.each("noise", "first", stored).get(OURS, 0) / 1024
+    noise = results.each("noise", "first", stored).get(OURS, 0) * MIB / 1e9  # as large as its source: nothing of it is compressed
     again = {tool: noise / value for tool, value in results.each("noise", "read again", cpu).items() if value}
-    lines.append(Target("duplicate data read again, *noise*", again, 2, "GiB per CPU s", less=False))
+    lines.append(Target("duplicate data read again, *noise*", again, 2, "GB per CPU s", less=False))
     lines.append(Target("unchanged, *small*", results.each("small", "unchanged", cpu), 0.8))
     rate = {tool: results.entries.get("small", 0) / value for tool, value in results.each("small", "unchanged", wall).items()}
     lines.append(Target("unchanged, *small*, wall", rate, 250_000, "entries/s", less=False))
