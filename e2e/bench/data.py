@@ -139,5 +139,5 @@ def make(base: Path, size: str) -> dict[str, Path]:
             print(f"making {root}", flush=True)
             maker(root)
             done.touch()
-        made[name] = root
+        made[name] = root.resolve()  # rustic stores the path without links, and is asked for it
     return made
