@@ -47,8 +47,8 @@ tidy: ## generated files are current, crate edges and documents hold
 bench-app: images ## back up and restore a whole application, beside Velero's figures; SCALE=0.01 for a quick run
 	@e2e/bench/app
 
-bench: build ## the repository engine beside other programs on the same data; SIZE=small for a quick run
-	@LIFEBOAT=$(OUT)/release/lifeboat e2e/bench/engine.py
+bench: build programs ## the repository engine beside other programs on the same data; SIZE=small for a quick run
+	@LIFEBOAT=$(OUT)/release/lifeboat e2e/bin/with-programs e2e/bench/engine.py
 
 codegen: ## write what is generated
 	cargo xtask codegen

@@ -1,5 +1,7 @@
 """Makes the data sets of the benchmark, the same bytes on every machine. Writes nothing outside of its folder."""
 
+import functools
+import itertools
 import os
 import random
 from pathlib import Path
@@ -17,10 +19,10 @@ SIZES = {
 def lines(rng: random.Random) -> list[str]:
     """Lines that look like source code: few words, often used; some names that are rare."""
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz_", k=rng.randint(3, 12))) for _ in range(4000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
+    weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(len(words))))  # summed once: `choices` would each time
     made = []
     for _ in range(30_000):
-        text = " ".join(rng.choices(words, weights, k=rng.randint(2, 9)))
+        text = " ".join(rng.choices(words, cum_weights=weights, k=rng.randint(2, 9)))
         made.append("    " * rng.randint(0, 4) + text + rng.choice([";\n", " {\n", ")\n", ",\n", "\n"]))
     return made
 
@@ -45,8 +47,30 @@ def small(root: Path, files: int) -> None:
         folder = root / f"{number // 1000:03}"
         if number % 1000 == 0:
             folder.mkdir(parents=True)
-        text = "".join(rng.choices(stock, k=80))[: rng.randint(50, 3000) - 8]
-        (folder / f"{number % 1000:03}.json").write_text(f"{number:07} {text}")
+        (folder / f"{number % 1000:03}.json").write_text(small_text(rng, stock, number))
+
+
+def small_text(rng: random.Random, stock: list[str], number: int) -> str:
+    text = "".join(rng.choices(stock, k=80))[: rng.randint(50, 3000) - 8]
+    return f"{number:07} {text}"
+
+
+@functools.cache
+def few_lines() -> list[str]:
+    """Made once, for what is changed while others run."""
+    return lines(random.Random(6))
+
+
+def change_small(root: Path, round_number: int) -> None:
+    """Gives 5% of the small files new bytes; every second of these becomes another file instead."""
+    rng = random.Random(200 + round_number)
+    stock = few_lines()
+    files = sorted(root.rglob("*.json"))
+    for place, path in enumerate(rng.sample(files, max(2, len(files) // 20))):
+        if place % 2:
+            path.unlink()
+            path = path.with_name(f"{path.stem[:3]}-{round_number}-{place}.json")
+        path.write_text(small_text(rng, stock, round_number))
 
 
 def page(rng: random.Random, stock: list[str]) -> bytes:
@@ -115,5 +139,5 @@ def make(base: Path, size: str) -> dict[str, Path]:
             print(f"making {root}", flush=True)
             maker(root)
             done.touch()
-        made[name] = root
+        made[name] = root.resolve()  # rustic stores the path without links, and is asked for it
     return made

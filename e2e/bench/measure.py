@@ -1,0 +1,128 @@
+"""Runs a program and notes what it took: CPU, wall time, memory, what the repository grew by, requests. Decides nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import tools
+
+# ext4 avoids inodes that were freed in the last minutes, and searches long for others: 200,000 files that one program
+# restored and that were removed made the next restore of anything take 45 CPU seconds more. So restored trees of many
+# files stay until the end.
+MANY_FILES = 1000
+
+
+@dataclass
+class Row:
+    """One step of one program: CPU and wall seconds, peak memory and growth of the repository in MiB (negative: shrunk)."""
+
+    data_set: str
+    step: str
+    tool: str
+    cpu: float
+    wall: float
+    rss: float
+    stored: float
+    requests: int | None = None  # to the S3 server
+
+
+@dataclass
+class Where:
+    """What is special about a place to run: nothing, here."""
+
+    name: str = ""  # behind the name of the data set
+    prefix: tuple[str, ...] = ()  # words before the command
+    bucket: Path | None = None  # where the S3 server keeps the objects, one folder a program
+    requests: Callable[[], int] | None = None  # how many there were so far
+
+
+HERE = Where()
+
+
+def run(command: list[str], env: dict[str, str], folder: Path, log: Path) -> tuple[int, float, float, float]:
+    """Exit code, CPU seconds, wall seconds and peak memory in MiB of a command; what it says goes to `log`."""
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=out)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # this run is stopped: nothing may write below its folder any more
+            process.kill()
+            process.wait()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime, time.monotonic() - began, usage.ru_maxrss / 1024
+
+
+def run_well(command: list[str], env: dict[str, str], folder: Path, log: Path) -> tuple[float, float, float]:
+    """The same of a command that must succeed."""
+    code, *taken = run(command, env, folder, log)
+    if code != 0:
+        sys.exit(f"{' '.join(command)} ended with {code}:\n{log.read_text(errors='replace')}")
+    return tuple(taken)
+
+
+def size_mib(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / data.MIB if folder.exists() else 0
+
+
+def compare(source: Path, out: Path) -> None:
+    done = subprocess.run(["diff", "-rq", source, out], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"what was restored differs:\n{done.stdout}{done.stderr}")
+
+
+class Bench:
+    def __init__(self, work: Path):
+        self.work = work
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []  # sentences about what was not measured
+
+    def repo(self, tool: tools.Tool, name: str) -> Path:
+        return self.work / f"{tool.name}-{name.replace(' ', '-').replace(',', '')}"
+
+    def measure(self, tool: tools.Tool, name: str, step: str, verb: str, folder: Path, where: Where = HERE, **values) -> None:
+        """Runs a verb on the repository of this data set; without a `step` nothing is noted."""
+        repo = self.repo(tool, name + where.name)
+        commands = tool.commands(verb, repo=repo, **{"lineage": "bench", **values})
+        if commands is None:
+            self.left_out.append(f"{name}{where.name}, {step or verb}: {tool.name} cannot do it.")
+            return
+        stored = where.bucket / tool.name if where.bucket else repo
+        size, requests = size_mib(stored), where.requests() if where.requests else 0
+        taken = [run_well([*where.prefix, *one], tool.environment(repo), folder, self.work / "last.log") for one in commands]
+        if step:
+            cpu, wall, rss = (sum(one[0] for one in taken), sum(one[1] for one in taken), max(one[2] for one in taken))
+            self.note(Row(name + where.name, step, tool.name, cpu, wall, rss, size_mib(stored) - size,
+                          where.requests() - requests if where.requests else None))
+
+    def note(self, row: Row) -> None:
+        self.rows.append(row)
+        requests = "" if row.requests is None else f" {row.requests:7} requests"
+        print(f"{row.data_set:16} {row.step:14} {row.tool:9} {row.cpu:7.2f} CPU s {row.wall:7.2f} s {row.rss:6.0f} MiB "
+              f"{row.stored:+9.1f} MiB stored{requests}", flush=True)
+
+    def begin(self, tool: tools.Tool, name: str, source: Path, where: Where = HERE) -> None:
+        self.measure(tool, name, "", "init", source, where)
+        if tool.prepare:
+            self.measure(tool, name, "", "prepare", source, where)
+
+    def restore(self, tool: tools.Tool, name: str, source: Path, number: int, where: Where = HERE, verb: str = "restore") -> None:
+        out = self.work / f"out-{self.repo(tool, name + where.name).name}"
+        out.mkdir()
+        self.measure(tool, name, "restore", verb, out, where, src=source, out=out, number=number)
+        compare(source, out)
+        if sum(len(files) for _, _, files in os.walk(out)) < MANY_FILES:
+            shutil.rmtree(out)
+
+    def drop(self, found: list[tools.Tool], name: str) -> None:
+        """Removes the repositories of a data set, with their caches."""
+        for tool in found:
+            for path in self.work.glob(f"{self.repo(tool, name).name}*"):
+                shutil.rmtree(path)
