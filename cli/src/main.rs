@@ -1,7 +1,6 @@
 //! `lifeboat`: back up, list, restore and check a repository without a cluster.
 //!
 //! Parses arguments and calls one command. This crate is the only one that prints.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod commands;
 mod mount;
@@ -27,7 +26,8 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return output::failure(&anyhow::Error::from(error).context("cannot start")),
     };
-    match runtime.block_on(commands::run(arguments)) {
+    let done = runtime.block_on(commands::run(arguments));
+    match done.and_then(|code| output::finish().map(|()| code)) {
         Ok(code) => code,
         Err(error) => output::failure(&error),
     }

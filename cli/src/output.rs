@@ -1,19 +1,72 @@
-//! Forms of what is printed: sizes, times, tables, errors.
+//! Printing, and forms of what is printed: sizes, times, tables, errors.
 
-use std::fmt::Write as _;
-
+use std::fmt::{self, Write as _};
+use std::io::{self, ErrorKind, Write as _};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use crate::options::FAILED;
+
+/// Prints a line on the standard output. Unlike `println!` it does not panic when nobody reads on, as in
+/// `lifeboat ls latest | head`: the command goes on to its end, which for a backup matters more than what it says.
+macro_rules! say {
+    ($($argument:tt)*) => {
+        $crate::output::print(format_args!("{}\n", format_args!($($argument)*)))
+    };
+}
+
+/// Prints a line on the standard error, or nothing where that cannot be written.
+macro_rules! complain {
+    ($($argument:tt)*) => {
+        $crate::output::print_error(format_args!("{}\n", format_args!($($argument)*)))
+    };
+}
+
+pub(crate) use {complain, say};
+
+/// Why the standard output cannot be written any more.
+static CLOSED: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints a text as it is; nothing once that failed.
+pub(crate) fn print(text: fmt::Arguments<'_>) {
+    if !is_closed()
+        && let Err(error) = io::stdout().write_fmt(text)
+    {
+        CLOSED.get_or_init(|| error);
+    }
+}
+
+pub(crate) fn print_error(text: fmt::Arguments<'_>) {
+    // There is nobody left to tell.
+    let _ = io::stderr().write_fmt(text);
+}
+
+/// Whether what is printed reaches nobody: lists may end.
+pub(crate) fn is_closed() -> bool {
+    CLOSED.get().is_some()
+}
+
+/// Whether all that was printed was written. A reader who had enough is no failure, a full disk is.
+pub(crate) fn finish() -> anyhow::Result<()> {
+    if let Err(error) = io::stdout().flush() {
+        CLOSED.get_or_init(|| error);
+    }
+    match CLOSED.get() {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(anyhow::anyhow!("cannot write to the standard output: {error}"))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Prints an error with its causes, each once.
 pub(crate) fn failure(error: &anyhow::Error) -> ExitCode {
     let mut said = error.to_string();
-    eprintln!("lifeboat: {said}");
+    complain!("lifeboat: {said}");
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         if !said.contains(&cause) {
-            eprintln!("  because: {cause}");
+            complain!("  because: {cause}");
         }
         said = cause;
     }

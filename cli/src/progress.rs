@@ -7,6 +7,7 @@ use lifeboat_repository::progress::Progress;
 use tokio::task::JoinHandle;
 
 use crate::options::Global;
+use crate::output::complain;
 
 /// Shows a [`Progress`] until it is dropped. Nothing is shown when output is quiet, JSON, or not a terminal.
 pub(crate) struct Display {
@@ -63,7 +64,7 @@ pub(crate) fn cancel_on_signal(progress: &Arc<Progress>) {
         let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
         let Ok(mut interrupt) = signal(SignalKind::interrupt()) else { return };
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        eprintln!("lifeboat: stopping; press Ctrl-C again to stop at once");
+        complain!("lifeboat: stopping; press Ctrl-C again to stop at once");
         progress.cancel();
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         std::process::exit(130);

@@ -276,6 +276,32 @@ fn snapshots_are_replicated_to_another_place() {
 }
 
 #[test]
+fn who_stops_reading_is_no_failure_and_a_full_disk_is_one() {
+    let machine = Machine::by_key_file();
+    let source = machine.text("source");
+    let files: Vec<_> = (0..3000).map(|number| format!("a-long-name-of-a-file-{number}")).collect();
+    let files: Vec<_> = files.iter().map(|name| (name.as_str(), "x")).collect();
+    write(&source, &files);
+    machine.prints(&["init"]);
+    for arguments in
+        [&["backup", &source][..], &["ls", "latest"], &["ls", "latest", "--json"], &["snapshots"], &["check"]]
+    {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = machine.command(arguments).stdout(writer).output().unwrap();
+        assert_eq!(says(&output, 0), "", "{arguments:?}");
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = machine.command(arguments).stdout(full).output().unwrap();
+        assert!(says(&output, 1).contains("cannot write to the standard output"), "{arguments:?}");
+        // Nobody can be told of a failure there.
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = machine.command(&["ls", "nothing"]).stderr(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+    }
+    assert_eq!(machine.json(&["--json", "snapshots"]).as_array().unwrap().len(), 2);
+}
+
+#[test]
 fn shells_and_manuals_know_every_command() {
     let machine = Machine::by_key_file();
     for shell in ["bash", "zsh", "fish"] {

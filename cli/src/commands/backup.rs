@@ -15,6 +15,7 @@ use lifeboat_repository::{
 use serde_json::json;
 
 use super::snapshots;
+use crate::output::{complain, say};
 use crate::{
     options::{Backup, DONE, Global, INCOMPLETE},
     output, progress, repository,
@@ -52,13 +53,13 @@ pub(crate) async fn run(global: &Global, options: Backup) -> Result<u8> {
     if global.json {
         let mut value = snapshots::as_json(snapshot);
         value["skipped"] = skipped.iter().map(|(path, reason)| json!({"path": path, "reason": reason})).collect();
-        println!("{value}");
+        say!("{value}");
     } else {
         for (path, reason) in &skipped {
-            eprintln!("not read: {path}: {reason}");
+            complain!("not read: {path}: {reason}");
         }
         if !global.quiet {
-            println!(
+            say!(
                 "snapshot {}: {} files, {}; {} read, {} new, {} stored, {:.1} s",
                 &snapshot.id.to_string()[..12],
                 snapshot.counts.files,

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use lifeboat_repository::{check::CheckOptions, progress::Progress, share::Share};
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{Check, DONE, Global, INCOMPLETE},
     output, progress, repository,
@@ -22,15 +23,15 @@ pub(crate) async fn run(global: &Global, options: &Check) -> Result<u8> {
     drop(display);
     let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
     if global.json {
-        println!(
+        say!(
             "{}",
             json!({"snapshots": report.snapshots, "packs": report.packs, "chunks": report.chunks, "bytesRead": report.bytes_read, "problems": problems})
         );
     } else if !global.quiet || !problems.is_empty() {
         for problem in &problems {
-            println!("{}", output::path(problem.as_bytes()));
+            say!("{}", output::path(problem.as_bytes()));
         }
-        println!(
+        say!(
             "{} snapshots, {} packs, {} chunks, {} read: {}",
             report.snapshots,
             report.packs,

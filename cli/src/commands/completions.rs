@@ -6,12 +6,13 @@ use anyhow::{Context, Result};
 use clap::CommandFactory;
 
 use crate::options::{Arguments, DONE};
+use crate::output;
 
 /// Prints the script for a shell.
 pub(crate) fn script(shell: clap_complete::Shell) -> Result<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "lifeboat", &mut script);
-    print!("{}", String::from_utf8(script).context("the script is no text")?);
+    output::print(format_args!("{}", String::from_utf8(script).context("the script is no text")?));
     Ok(DONE)
 }
 

@@ -6,6 +6,7 @@ use lifeboat_repository::diff::{Aspect, Difference, diff};
 use serde_json::json;
 
 use super::{ls, restore::find};
+use crate::output::say;
 use crate::{
     options::{DONE, Diff, Global},
     output, repository,
@@ -25,9 +26,12 @@ pub(crate) async fn run(global: &Global, options: &Diff) -> Result<u8> {
             Difference::Modified { .. } => modified += 1,
         }
         print(global, &difference);
+        if output::is_closed() {
+            break;
+        }
     }
     if !global.json && !global.quiet {
-        println!("{added} added, {removed} removed, {modified} modified");
+        say!("{added} added, {removed} removed, {modified} modified");
     }
     Ok(DONE)
 }
@@ -45,14 +49,14 @@ fn print(global: &Global, difference: &Difference) {
                 "after": ls::as_json(after),
             }),
         };
-        println!("{line}");
+        say!("{line}");
         return;
     }
     match difference {
-        Difference::Added(entry) => println!("+ {}", output::path(&entry.path)),
-        Difference::Removed(entry) => println!("- {}", output::path(&entry.path)),
+        Difference::Added(entry) => say!("+ {}", output::path(&entry.path)),
+        Difference::Removed(entry) => say!("- {}", output::path(&entry.path)),
         Difference::Modified { after, aspects, .. } => {
-            println!("M {}  ({})", output::path(&after.path), names(aspects).join(", "));
+            say!("M {}  ({})", output::path(&after.path), names(aspects).join(", "));
         }
     }
 }

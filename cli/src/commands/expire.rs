@@ -9,6 +9,7 @@ use lifeboat_repository::{
 };
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Expire, Global},
     output, progress, repository,
@@ -30,7 +31,7 @@ pub(crate) async fn run(global: &Global, options: &Expire) -> Result<u8> {
     let report = repository.expire(plan, Arc::clone(&shown)).await?;
     drop(display);
     if global.json {
-        println!("{}", as_json(&report, options.dry_run));
+        say!("{}", as_json(&report, options.dry_run));
     } else if !global.quiet {
         print(&report, options.dry_run);
     }
@@ -39,34 +40,31 @@ pub(crate) async fn run(global: &Global, options: &Expire) -> Result<u8> {
 
 fn print(report: &ExpireReport, dry_run: bool) {
     let would = if dry_run { "would be " } else { "" };
-    println!(
+    say!(
         "{} packs, {}, {would}deleted; {} forgotten snapshots {would}removed",
         report.packs_deleted,
         output::bytes(report.bytes_deleted),
         report.snapshots_removed
     );
     if report.packs_repacked > 0 {
-        println!("{} packs {would}repacked by copying {}", report.packs_repacked, output::bytes(report.bytes_copied));
+        say!("{} packs {would}repacked by copying {}", report.packs_repacked, output::bytes(report.bytes_copied));
     }
     if report.packs_left > 0 {
-        println!(
-            "{} packs are mostly dead and left for the next time, or for a larger --repack-budget",
-            report.packs_left
-        );
+        say!("{} packs are mostly dead and left for the next time, or for a larger --repack-budget", report.packs_left);
     }
     if report.segments_merged > 0 {
-        println!("{} segments of the index merged", report.segments_merged);
+        say!("{} segments of the index merged", report.segments_merged);
     }
     for session in &report.aborted {
-        println!("the session {session} gave no sign of life and was aborted");
+        say!("the session {session} gave no sign of life and was aborted");
     }
     if !report.waiting_for.is_empty() {
-        println!(
+        say!(
             "{} backups are running that began before; run `lifeboat expire` again when they are done",
             report.waiting_for.len()
         );
     }
-    println!("{} snapshots live", report.snapshots);
+    say!("{} snapshots live", report.snapshots);
 }
 
 fn as_json(report: &ExpireReport, dry_run: bool) -> serde_json::Value {

@@ -10,6 +10,7 @@ use lifeboat_repository::{
 };
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Forget, Global, Rules},
     output, repository,
@@ -33,10 +34,10 @@ async fn named(global: &Global, options: &Forget, repository: &Repository) -> Re
     let forgotten = if options.dry_run { ids } else { repository.forget(&ids).await?.forgotten };
     let forgotten: Vec<_> = forgotten.iter().map(ToString::to_string).collect();
     if global.json {
-        println!("{}", json!({"dryRun": options.dry_run, "forgotten": forgotten}));
+        say!("{}", json!({"dryRun": options.dry_run, "forgotten": forgotten}));
     } else if !global.quiet {
         for id in &forgotten {
-            println!("{} {}", verb(options), &id[..12]);
+            say!("{} {}", verb(options), &id[..12]);
         }
         hint(options, forgotten.len());
     }
@@ -59,14 +60,11 @@ async fn by_rules(global: &Global, options: &Forget, repository: &Repository) ->
         repository.forget(&going).await?;
     }
     if global.json {
-        println!(
-            "{}",
-            json!({"dryRun": options.dry_run, "snapshots": verdicts.iter().map(as_json).collect::<Vec<_>>()})
-        );
+        say!("{}", json!({"dryRun": options.dry_run, "snapshots": verdicts.iter().map(as_json).collect::<Vec<_>>()}));
     } else if !global.quiet {
         let mut rows = vec![["ID", "TIME", "LINEAGE", "", "WHY"].map(str::to_owned).to_vec()];
         rows.extend(verdicts.iter().map(|verdict| row(verdict, options)));
-        print!("{}", output::table(&rows));
+        output::print(format_args!("{}", output::table(&rows)));
         hint(options, going.len());
     }
     Ok(DONE)
@@ -95,11 +93,11 @@ fn verb(options: &Forget) -> &'static str {
 
 fn hint(options: &Forget, count: usize) {
     if options.dry_run {
-        println!("{count} snapshots would be forgotten; nothing was changed");
+        say!("{count} snapshots would be forgotten; nothing was changed");
     } else if count > 0 {
-        println!("forgot {count} snapshots; `lifeboat expire` gives their space back");
+        say!("forgot {count} snapshots; `lifeboat expire` gives their space back");
     } else {
-        println!("nothing to forget");
+        say!("nothing to forget");
     }
 }
 

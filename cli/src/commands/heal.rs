@@ -10,6 +10,7 @@ use lifeboat_repository::{
 };
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global, Heal, INCOMPLETE},
     output, progress, repository,
@@ -37,22 +38,22 @@ pub(crate) async fn run(global: &Global, options: &Heal) -> Result<u8> {
     };
     let (found, left) = (texts(&report.found), texts(&report.left));
     if global.json {
-        println!("{}", json!({"found": found, "replaced": replaced, "maskedChunks": report.masked, "left": left}));
+        say!("{}", json!({"found": found, "replaced": replaced, "maskedChunks": report.masked, "left": left}));
     } else if !global.quiet || !left.is_empty() {
         for key in &replaced {
-            println!(
+            say!(
                 "{}: {}",
                 if options.dry_run { "could be replaced" } else { "replaced" },
                 output::path(key.as_bytes())
             );
         }
         for problem in &left {
-            println!("left: {}", output::path(problem.as_bytes()));
+            say!("left: {}", output::path(problem.as_bytes()));
         }
         if report.masked > 0 {
-            println!("{} lost chunks are stored again by the next backup that has them", report.masked);
+            say!("{} lost chunks are stored again by the next backup that has them", report.masked);
         }
-        println!("{} problems found, {} objects replaced, {} problems left", found.len(), replaced.len(), left.len());
+        say!("{} problems found, {} objects replaced, {} problems left", found.len(), replaced.len(), left.len());
     }
     Ok(if left.is_empty() { DONE } else { INCOMPLETE })
 }

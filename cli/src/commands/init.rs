@@ -4,6 +4,7 @@ use anyhow::Result;
 use lifeboat_repository::repository::{InitOptions, Repository};
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global},
     repository,
@@ -15,10 +16,10 @@ pub(crate) async fn run(global: &Global) -> Result<u8> {
     let secret = repository::secret(global)?;
     let made = Repository::init(store, &secret, InitOptions::default()).await?;
     if global.json {
-        println!("{}", json!({"id": made.id().to_string()}));
+        say!("{}", json!({"id": made.id().to_string()}));
     } else if !global.quiet {
-        println!("made the repository {}", made.id());
-        println!("Keep its password or key in a safe place elsewhere: without it no backup can be read.");
+        say!("made the repository {}", made.id());
+        say!("Keep its password or key in a safe place elsewhere: without it no backup can be read.");
     }
     Ok(DONE)
 }

@@ -7,6 +7,7 @@ use lifeboat_repository::{
 };
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global, KeysCommand, NewSecret},
     output, repository,
@@ -31,9 +32,9 @@ pub(crate) async fn run(global: &Global, command: KeysCommand) -> Result<u8> {
         _ => return list(global, &repository).await,
     };
     if global.json {
-        println!("{}", json!({done.0: done.1}));
+        say!("{}", json!({done.0: done.1}));
     } else if !global.quiet {
-        println!("{} the key slot {}", done.0, done.1);
+        say!("{} the key slot {}", done.0, done.1);
     }
     Ok(DONE)
 }
@@ -56,7 +57,7 @@ async fn list(global: &Global, repository: &Repository) -> Result<u8> {
                 json!({"name": slot.name, "kind": kind, "role": role, "opened": slot.opened})
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&slots)?);
+        say!("{}", serde_json::to_string_pretty(&slots)?);
         return Ok(DONE);
     }
     let mut rows = vec![["SLOT", "KIND", "ROLE", "OPENED"].map(str::to_owned).to_vec()];
@@ -64,7 +65,7 @@ async fn list(global: &Global, repository: &Repository) -> Result<u8> {
         let (kind, role) = words(slot);
         vec![output::path(slot.name.as_bytes()), kind.into(), role.into(), if slot.opened { "*" } else { "" }.into()]
     }));
-    print!("{}", output::table(&rows));
+    output::print(format_args!("{}", output::table(&rows)));
     Ok(DONE)
 }
 

@@ -9,6 +9,7 @@ use lifeboat_repository::{
 use serde_json::{Value, json};
 
 use super::restore::find;
+use crate::output::say;
 use crate::{
     options::{DONE, Global, Ls},
     output, repository,
@@ -24,7 +25,7 @@ pub(crate) async fn run(global: &Global, options: &Ls) -> Result<u8> {
     let entries =
         tree::list(&repository, &snapshot, options.path.as_deref(), options.recursive || options.path.is_none())
             .await?;
-    for entry in &entries {
+    for entry in entries.iter().take_while(|_| !output::is_closed()) {
         print(global, entry);
     }
     Ok(DONE)
@@ -34,14 +35,14 @@ pub(crate) async fn run(global: &Global, options: &Ls) -> Result<u8> {
 pub(crate) fn print(global: &Global, entry: &Entry) {
     let path = output::path(&entry.path);
     if global.json {
-        println!("{}", as_json(entry));
+        say!("{}", as_json(entry));
         return;
     }
     let target = match &entry.kind {
         Kind::Symlink { target } | Kind::Link { to: target } => format!(" -> {}", output::path(target)),
         _ => String::new(),
     };
-    println!(
+    say!(
         "{:9} {:4o} {:>6}:{:<6} {:>10} {} {path}{target}",
         entry.kind.name(),
         entry.meta.mode & 0o7777,

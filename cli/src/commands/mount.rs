@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::restore::find;
 use crate::mount::{Filter, Mounted, Served, mount};
 use crate::options::{DONE, Global, INCOMPLETE, Mount};
+use crate::output::{complain, say};
 use crate::repository;
 
 /// Where the kernel is spoken with.
@@ -37,9 +38,9 @@ pub(crate) async fn run(global: &Global, options: &Mount) -> Result<u8> {
     outcome?;
     let failures = served.failures();
     if global.json {
-        println!("{}", json!({"unmounted": options.mountpoint, "failures": failures}));
+        say!("{}", json!({"unmounted": options.mountpoint, "failures": failures}));
     } else if failures > 0 && !global.quiet {
-        eprintln!("lifeboat: {failures} failures are listed above; see `lifeboat check --help`");
+        complain!("lifeboat: {failures} failures are listed above; see `lifeboat check --help`");
     }
     Ok(if failures == 0 { DONE } else { INCOMPLETE })
 }
@@ -67,9 +68,9 @@ async fn until_the_end(global: &Global, options: &Mount, served: &Arc<Served>, m
     let [interrupt, terminate, hangup] = &mut signals;
     let shown = options.mountpoint.display();
     if global.json {
-        println!("{}", json!({"mounted": options.mountpoint, "snapshots": served.count()}));
+        say!("{}", json!({"mounted": options.mountpoint, "snapshots": served.count()}));
     } else if !global.quiet {
-        println!("{} snapshots at {shown}, until Ctrl-C or `umount {shown}`", served.count());
+        say!("{} snapshots at {shown}, until Ctrl-C or `umount {shown}`", served.count());
     }
     let care = tokio::spawn({
         let served = Arc::clone(served);
@@ -94,7 +95,7 @@ async fn unmount(mounted: &mut Mounted, mountpoint: &Path) -> Result<()> {
         if error.kind() != ErrorKind::ResourceBusy {
             return Err(error).with_context(|| format!("cannot unmount {}", mountpoint.display()));
         }
-        eprintln!("lifeboat: {} is in use; what is open there fails from now on", mountpoint.display());
+        complain!("lifeboat: {} is in use; what is open there fails from now on", mountpoint.display());
         rustix::mount::unmount(mountpoint, UnmountFlags::DETACH)
             .with_context(|| format!("cannot unmount {}", mountpoint.display()))?;
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use lifeboat_repository::progress::Progress;
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global, INCOMPLETE},
     progress, repository,
@@ -20,14 +21,18 @@ pub(crate) async fn run(global: &Global) -> Result<u8> {
     let report = repository.rebuild_index(shown).await?;
     drop(display);
     if global.json {
-        println!(
+        say!(
             "{}",
             json!({"packs": report.packs, "indexed": report.indexed, "unreadable": report.unreadable, "leftOut": report.left_out, "removedSegments": report.removed})
         );
     } else if !global.quiet {
-        println!(
+        say!(
             "{} packs in use: {} were not indexed and are now, {} of aborted sessions stay without, {} cannot be read; {} damaged segments removed",
-            report.packs, report.indexed, report.left_out, report.unreadable, report.removed
+            report.packs,
+            report.indexed,
+            report.left_out,
+            report.unreadable,
+            report.removed
         );
     }
     Ok(if report.unreadable == 0 { DONE } else { INCOMPLETE })

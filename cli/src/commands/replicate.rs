@@ -12,6 +12,7 @@ use lifeboat_repository::{
 };
 use serde_json::json;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global, Replicate},
     output, progress, repository,
@@ -84,10 +85,7 @@ fn print(global: &Global, options: &Replicate, report: &ReplicateReport) {
             .collect();
         let passed_over: Vec<_> = report.passed_over.iter().map(ToString::to_string).collect();
         let expired: Vec<_> = report.expired.iter().map(ToString::to_string).collect();
-        println!(
-            "{}",
-            json!({"copied": copied, "present": report.present, "passedOver": passed_over, "expired": expired})
-        );
+        say!("{}", json!({"copied": copied, "present": report.present, "passedOver": passed_over, "expired": expired}));
         return;
     }
     if global.quiet {
@@ -96,7 +94,7 @@ fn print(global: &Global, options: &Replicate, report: &ReplicateReport) {
     let short = |id: String| id[..12].to_owned();
     for copied in &report.copied {
         match copied.replica {
-            Some(replica) => println!(
+            Some(replica) => say!(
                 "{} -> {}: {} read, {} new, {} stored",
                 short(copied.source.to_string()),
                 short(replica.to_string()),
@@ -104,10 +102,10 @@ fn print(global: &Global, options: &Replicate, report: &ReplicateReport) {
                 output::bytes(copied.new_bytes),
                 output::bytes(copied.stored_bytes)
             ),
-            None => println!("{} would be replicated", short(copied.source.to_string())),
+            None => say!("{} would be replicated", short(copied.source.to_string())),
         }
     }
-    println!(
+    say!(
         "{} {}, {} were there, {} older ones passed over, {} were forgotten meanwhile",
         report.copied.len(),
         if options.dry_run { "to replicate" } else { "replicated" },

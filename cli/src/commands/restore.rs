@@ -16,6 +16,7 @@ use lifeboat_repository::{
 use serde_json::json;
 
 use super::ls;
+use crate::output::{complain, say};
 use crate::{
     options::{DONE, Global, INCOMPLETE, Restore},
     output, progress, repository,
@@ -55,13 +56,13 @@ pub(crate) async fn run(global: &Global, options: &Restore) -> Result<u8> {
     let failed: Vec<_> = report.failed.iter().map(|f| (output::path(&f.path), f.to_string())).collect();
     if global.json {
         let failed: Vec<_> = failed.iter().map(|(path, reason)| json!({"path": path, "reason": reason})).collect();
-        println!("{}", json!({"snapshot": snapshot.id.to_string(), "counts": report.counts, "failed": failed}));
+        say!("{}", json!({"snapshot": snapshot.id.to_string(), "counts": report.counts, "failed": failed}));
     } else {
         for (path, reason) in &failed {
-            eprintln!("not restored in full: {path}: {reason}");
+            complain!("not restored in full: {path}: {reason}");
         }
         if !global.quiet {
-            println!(
+            say!(
                 "restored {} files, {} directories, {} others, {} into {}",
                 report.counts.files,
                 report.counts.directories,
@@ -85,10 +86,10 @@ async fn onto(global: &Global, repository: &Repository, snapshot: &Snapshot, tar
     let done = restore::image(repository, snapshot, device.into(), shown).await?;
     drop(display);
     if global.json {
-        println!("{}", json!({"snapshot": snapshot.id.to_string(), "size": done.size, "written": done.written}));
+        say!("{}", json!({"snapshot": snapshot.id.to_string(), "size": done.size, "written": done.written}));
     } else if !global.quiet {
         let (size, written) = (output::bytes(done.size), output::bytes(done.written));
-        println!("restored an image of {size}, of which {written} are no holes, onto {}", target.display());
+        say!("restored an image of {size}, of which {written} are no holes, onto {}", target.display());
     }
     Ok(DONE)
 }
@@ -108,7 +109,7 @@ async fn preview(global: &Global, repository: &Repository, snapshot: &Snapshot, 
         bail!("the snapshot has nothing that fits {}", include.join(", "));
     }
     if !global.json && !global.quiet {
-        println!("{entries} entries, {} would be restored", output::bytes(bytes));
+        say!("{entries} entries, {} would be restored", output::bytes(bytes));
     }
     Ok(DONE)
 }

@@ -10,6 +10,7 @@ use lifeboat_repository::{
 use serde_json::json;
 
 use super::check::cache_for;
+use crate::output::say;
 use crate::{
     options::{DONE, Global, INCOMPLETE, Scrub},
     output, progress, repository,
@@ -26,15 +27,15 @@ pub(crate) async fn run(global: &Global, options: &Scrub) -> Result<u8> {
     drop(display);
     let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
     if global.json {
-        println!(
+        say!(
             "{}",
             json!({"packs": report.packs, "packsRead": report.packs_read, "objects": report.objects, "bytesRead": report.bytes_read, "problems": problems})
         );
     } else if !global.quiet || !problems.is_empty() {
         for problem in &problems {
-            println!("{}", output::path(problem.as_bytes()));
+            say!("{}", output::path(problem.as_bytes()));
         }
-        println!(
+        say!(
             "{} of {} packs, {} other objects, {} read: {}",
             report.packs_read,
             report.packs,

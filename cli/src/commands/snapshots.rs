@@ -4,6 +4,7 @@ use anyhow::Result;
 use lifeboat_repository::snapshot::{Content, Snapshot};
 use serde_json::{Value, json};
 
+use crate::output::{complain, say};
 use crate::{
     options::{DONE, Global, INCOMPLETE, Snapshots},
     output, repository,
@@ -14,7 +15,7 @@ pub(crate) async fn run(global: &Global, options: &Snapshots) -> Result<u8> {
     let repository = repository::open(global).await?;
     let (mut found, damaged) = repository.readable_snapshots().await?;
     for error in &damaged {
-        eprintln!("lifeboat: {error}; see `lifeboat heal --help`");
+        complain!("lifeboat: {error}; see `lifeboat heal --help`");
     }
     let code = if damaged.is_empty() { DONE } else { INCOMPLETE };
     found.retain(|s| {
@@ -22,13 +23,13 @@ pub(crate) async fn run(global: &Global, options: &Snapshots) -> Result<u8> {
             && options.tag.iter().all(|(name, value)| s.tags.get(name) == Some(value))
     });
     if global.json {
-        println!("{}", serde_json::to_string_pretty(&found.iter().map(as_json).collect::<Vec<_>>())?);
+        say!("{}", serde_json::to_string_pretty(&found.iter().map(as_json).collect::<Vec<_>>())?);
         return Ok(code);
     }
     let mut rows =
         vec![["ID", "TIME", "LINEAGE", "FILES", "SIZE", "NEW", "SKIPPED", "TAGS"].map(str::to_owned).to_vec()];
     rows.extend(found.iter().map(row));
-    print!("{}", output::table(&rows));
+    output::print(format_args!("{}", output::table(&rows)));
     Ok(code)
 }
 

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use lifeboat_repository::stats::LineageStats;
 
+use crate::output::say;
 use crate::{
     options::{DONE, Global},
     output, repository,
@@ -13,17 +14,17 @@ pub(crate) async fn run(global: &Global) -> Result<u8> {
     let repository = repository::open(global).await?;
     let stats = repository.stats().await?;
     if global.json {
-        println!("{}", serde_json::to_string_pretty(&stats)?);
+        say!("{}", serde_json::to_string_pretty(&stats)?);
         return Ok(DONE);
     }
-    println!(
+    say!(
         "{} snapshots, {} recovery points: {} backed up, {} stored",
         stats.snapshots,
         stats.recovery_points,
         output::bytes(stats.logical_bytes),
         output::bytes(stats.stored_bytes)
     );
-    println!(
+    say!(
         "{} packs, {}; {} of them, {}, are referred to by no snapshot",
         stats.packs.count,
         output::bytes(stats.packs.bytes),
@@ -31,11 +32,11 @@ pub(crate) async fn run(global: &Global) -> Result<u8> {
         output::bytes(stats.unreferenced_packs.bytes)
     );
     if stats.unreadable_references > 0 {
-        println!("the references of {} snapshots cannot be read: run `lifeboat check`", stats.unreadable_references);
+        say!("the references of {} snapshots cannot be read: run `lifeboat check`", stats.unreadable_references);
     }
     let mut rows = vec![["LINEAGE", "SNAPSHOTS", "NEWEST", "SIZE", "ALL", "ADDED"].map(str::to_owned).to_vec()];
     rows.extend(stats.lineages.iter().map(row));
-    print!("{}", output::table(&rows));
+    output::print(format_args!("{}", output::table(&rows)));
     Ok(DONE)
 }
 

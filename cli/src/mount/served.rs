@@ -25,6 +25,7 @@ use super::attributes;
 use super::layout::{Child, Layout, Node, ROOT};
 use super::number::Number;
 use crate::output;
+use crate::output::complain;
 
 /// The list of snapshots is read again when it is looked at and this old.
 const LIST_AGE: Duration = Duration::from_secs(5);
@@ -298,7 +299,7 @@ impl Served {
         };
         if is_new {
             self.failures.fetch_add(1, Ordering::Relaxed);
-            eprintln!("{text}");
+            complain!("{text}");
         }
     }
 
