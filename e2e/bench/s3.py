@@ -101,7 +101,8 @@ def server(program: str, folder: Path) -> Iterator[int]:
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [program, "--port", f"{LOCAL}:{port}", "--quiet", "--iam-dir", folder / "iam", "posix", folder / "data"],
+            # Connections stay open, as with every other S3 server; by default this one closes them after each answer.
+            [program, "--port", f"{LOCAL}:{port}", "--keep-alive", "--quiet", "--iam-dir", folder / "iam", "posix", folder / "data"],
             env={**os.environ, "ROOT_ACCESS_KEY": tools.S3_KEY, "ROOT_SECRET_KEY": tools.S3_SECRET}, stdout=out, stderr=out)
     try:
         end = time.monotonic() + 30

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use futures::{FutureExt, TryStreamExt};
 use thiserror::Error;
 use tracing::{debug, warn};
@@ -211,7 +212,8 @@ impl CommitLog {
     }
 
     /// Notes a commit that this process made.
-    pub(crate) fn add_own(&self, session: SessionId, bytes: &[u8], commit: &Commit) {
+    pub(crate) fn add_own(&self, session: SessionId, bytes: &Bytes, commit: &Commit) {
+        self.cache.put(&decision_key(session), bytes);
         let committed = Committed { commit: commit.clone(), hash: blake3::hash(bytes).to_hex().to_string() };
         self.known().insert(session, Decided::Committed(Arc::new(committed)));
     }

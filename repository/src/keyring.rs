@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use thiserror::Error;
 
 use crate::cache::ObjectCache;
@@ -95,7 +96,9 @@ impl KeyRing {
         let bytes = keys.seal(session, &self.domain).map_err(refuse)?;
         let ciphers = Arc::new(SessionCiphers::new(&keys).map_err(|error| refuse(error.into()))?);
         // The session is random: an object that exists is this very one, after a lost answer.
-        self.store.put_if_absent(&session_key_object(session), bytes.into()).await?;
+        let (key, bytes) = (session_key_object(session), Bytes::from(bytes));
+        self.store.put_if_absent(&key, bytes.clone().into()).await?;
+        self.cache.put(&key, &bytes);
         self.known().insert(session, Arc::clone(&ciphers));
         Ok(ciphers)
     }

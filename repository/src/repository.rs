@@ -24,7 +24,7 @@ use crate::read::{ReadError, Reader};
 use crate::session::decision::{Decision, MAX_DECISION_BYTES, decision_key};
 use crate::session::{Session, SessionError, SessionOptions};
 use crate::snapshot::Snapshot;
-use crate::store::{self, ProbeError, Store, StoreError};
+use crate::store::{self, Listed, ProbeError, Store, StoreError};
 
 /// How a repository is made.
 #[derive(Debug, Clone, Default)]
@@ -238,7 +238,9 @@ impl Repository {
     /// Opens a repository with a secret of any of its key slots.
     pub async fn open(store: Arc<dyn Store>, secret: &Secret, options: OpenOptions) -> Result<Self, OpenError> {
         secret.check()?;
-        let bytes = match store.get(CONFIG_KEY, MAX_CONFIG_BYTES).await {
+        let slots = store.list(KEYS_PREFIX).try_collect::<Vec<_>>();
+        let (config, slots) = tokio::join!(store.get(CONFIG_KEY, MAX_CONFIG_BYTES), slots);
+        let bytes = match config {
             Ok(bytes) => bytes,
             Err(error) if error.reason == store::Reason::NotFound => {
                 return Err(OpenError::NoRepository { store: store.describe() });
@@ -246,7 +248,7 @@ impl Repository {
             Err(error) => return Err(error.into()),
         };
         let config = Config::parse(&bytes)?;
-        let (domain, slot) = open_slot(&store, secret, *blake3::hash(&bytes).as_bytes()).await?;
+        let (domain, slot) = open_slot(&store, slots?, secret, *blake3::hash(&bytes).as_bytes()).await?;
         let cache = ObjectCache::new(options.cache_dir.as_deref(), config.id);
         let keys = Arc::new(KeyRing::new(Arc::clone(&store), cache.clone(), domain, slot));
         Ok(Self {
@@ -370,10 +372,10 @@ impl Repository {
 /// Tries the secret on every slot that belongs to the config; the keys, and the key of the slot that gave them.
 async fn open_slot(
     store: &Arc<dyn Store>,
+    listed: Vec<Listed>,
     secret: &Secret,
     config_hash: [u8; 32],
 ) -> Result<(DomainKeys, String), OpenError> {
-    let listed: Vec<_> = store.list(KEYS_PREFIX).try_collect().await?;
     let (mut usable, mut damaged) = (0, 0);
     for object in listed {
         let bytes = match store.get(&object.key, MAX_SLOT_BYTES).await {

@@ -382,3 +382,19 @@ async fn the_local_cache_serves_and_heals_itself() {
     assert!(opened.snapshots().await.is_err(), "a damaged copy is found");
     assert_eq!(opened.snapshots().await.unwrap()[0].id, id, "and fetched anew");
 }
+
+#[tokio::test]
+async fn what_a_session_stored_is_in_the_cache_of_the_next() {
+    let (store, repository) = made().await;
+    let cache = tempfile::tempdir().unwrap();
+    let options = OpenOptions { cache_dir: Some(cache.path().to_owned()) };
+    let opened = Repository::open(Arc::new(store.clone()), &secret(), options).await.unwrap();
+    commit(&opened, "a", &[b"x"]).await;
+    let cache = cache.path().join(repository.id().to_string());
+    let small: Vec<_> =
+        store.keys().into_iter().filter(|key| ["d/", "k/", "r/", "x0/"].iter().any(|of| key.starts_with(of))).collect();
+    assert_eq!(small.len(), 4, "{small:?}");
+    for key in small {
+        assert_eq!(std::fs::read(cache.join(&key)).unwrap(), store.object(&key).unwrap(), "{key}");
+    }
+}

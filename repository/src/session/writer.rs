@@ -179,13 +179,17 @@ impl Session {
         let Registration { epoch, lane, slot } = registration;
         let fail = |act| move |source: StoreError| SessionError::Store { session: id, act, source: Arc::new(source) };
         engine.directories.renew();
-        let mask = Mask::load(&engine, epoch).await.map_err(|error| marks_failed(id, error))?;
-        let ciphers = engine.keys.create(id).await.map_err(|error| match error {
-            KeyRingError::Store(source) => fail("store its keys")(source),
-            KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
-        })?;
-        engine.index.refresh().await.map_err(fail("load the index"))?;
-        engine.lost.refresh(&*engine.store).await.map_err(fail("load which chunks are lost"))?;
+        // All of it after registering, and in no order: each is a round trip or more.
+        let mask = async { Mask::load(&engine, epoch).await.map_err(|error| marks_failed(id, error)) };
+        let ciphers = async {
+            engine.keys.create(id).await.map_err(|error| match error {
+                KeyRingError::Store(source) => fail("store its keys")(source),
+                KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
+            })
+        };
+        let index = async { engine.index.refresh().await.map_err(fail("load the index")) };
+        let lost = async { engine.lost.refresh(&*engine.store).await.map_err(fail("load which chunks are lost")) };
+        let (mask, ciphers, (), ()) = tokio::try_join!(mask, ciphers, index, lost)?;
         let saw = engine.commits.heads();
         debug!(session = %id, epoch, lane, slot, masked = mask.packs.len(), purpose = options.purpose, "session registered");
         let shared = Arc::new(Shared {
@@ -274,7 +278,9 @@ impl Session {
                 .map_err(|_| SessionError::Seal { session: self.id(), what: "a refset" })?;
             let hash = blake3::hash(&bytes).to_hex().to_string();
             refsets.push(RefsetHash { snapshot: snapshot.id, version: 0, hash });
-            self.shared.put(&refset_key(snapshot.id, 0), bytes, "store a refset").await?;
+            let (key, bytes) = (refset_key(snapshot.id, 0), Bytes::from(bytes));
+            self.shared.put(&key, bytes.clone(), "store a refset").await?;
+            self.shared.engine.cache.put(&key, &bytes);
         }
         let snapshots: Vec<_> = snapshots.into_iter().map(|snapshot| snapshot.commit(self.id(), &self.host)).collect();
         let (epoch, saw, purpose) = (self.epoch, self.saw.clone(), self.purpose.clone());
@@ -286,6 +292,7 @@ impl Session {
         let bytes = commit
             .seal(self.id(), &self.shared.ciphers.structure)
             .map_err(|_| SessionError::Seal { session: self.id(), what: "its commit" })?;
+        let bytes = Bytes::from(bytes);
         self.decide(bytes.clone(), "commit").await?;
         self.shared.lock().closed = true;
         self.shared.engine.commits.add_own(self.id(), &bytes, &commit);
@@ -305,13 +312,13 @@ impl Session {
         if let Err(error) = self.shared.publish().await {
             debug!(session = %self.id(), %error, "the index of an aborted session was not published");
         }
-        self.decide(Decision::abort_bytes(self.id(), reason), "abort").await?;
+        self.decide(Decision::abort_bytes(self.id(), reason).into(), "abort").await?;
         self.end_heartbeats().await;
         info!(session = %self.id(), reason, "aborted");
         Ok(())
     }
 
-    async fn decide(&self, bytes: Vec<u8>, act: &'static str) -> Result<(), SessionError> {
+    async fn decide(&self, bytes: Bytes, act: &'static str) -> Result<(), SessionError> {
         let key = decision_key(self.id());
         let store = &self.shared.engine.store;
         let fail = |source| SessionError::Store { session: self.id(), act, source: Arc::new(source) };
@@ -365,7 +372,7 @@ impl Shared {
         self.lock().failed.get_or_insert(error);
     }
 
-    async fn put(&self, key: &str, bytes: Vec<u8>, act: &'static str) -> Result<(), SessionError> {
+    async fn put(&self, key: &str, bytes: Bytes, act: &'static str) -> Result<(), SessionError> {
         let outcome = self.engine.store.put_if_absent(key, bytes.into()).await;
         match outcome {
             Ok(outcome) if outcome.is_ours() => Ok(()),
@@ -422,7 +429,7 @@ impl Shared {
             return Ok(());
         }
         let places: Vec<_> = entries.iter().map(|entry| (entry.id, entry.seq, entry.slot)).collect();
-        let bytes = encode_segment(entries);
+        let bytes = Bytes::from(encode_segment(entries));
         let key = segment_key(self.id, *next);
         // When it fails, its number stays: nothing must be published behind a gap.
         self.put(&key, bytes.clone(), "publish its index").await.map_err(|error| match error {
@@ -431,7 +438,8 @@ impl Shared {
             error => error,
         })?;
         *next += 1;
-        match Segment::parse(self.id, bytes.into()) {
+        self.engine.cache.put(&key, &bytes);
+        match Segment::parse(self.id, bytes) {
             Ok(segment) => self.engine.index.add(key, segment),
             Err(error) => warn!(session = %self.id, %error, "an index segment does not read back"),
         }
