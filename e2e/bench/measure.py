@@ -1,10 +1,11 @@
 """Runs a program and notes what it took: CPU, wall time, memory, what the repository grew by, requests. Decides nothing."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import tools
 # restored and that were removed made the next restore of anything take 45 CPU seconds more. So restored trees of many
 # files stay until the end.
 MANY_FILES = 1000
+LAUNCH = Path(__file__).with_name("launch.py")
 
 
 @dataclass
@@ -47,17 +49,21 @@ HERE = Where()
 
 def run(command: list[str], env: dict[str, str], folder: Path, log: Path) -> tuple[int, float, float, float]:
     """Exit code, CPU seconds, wall seconds and peak memory in MiB of a command; what it says goes to `log`."""
-    began = time.monotonic()
+    result = log.with_suffix(".json")
+    result.unlink(missing_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=out)
+        launch = [sys.executable, "-I", "-S", LAUNCH, result, *command]
+        process = subprocess.Popen(launch, env=env, cwd=folder, stdout=out, stderr=out, start_new_session=True)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            process.wait()
         except BaseException:  # this run is stopped: nothing may write below its folder any more
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_utime + usage.ru_stime, time.monotonic() - began, usage.ru_maxrss / 1024
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(command)} could not be started:\n{log.read_text(errors='replace')}")
+    taken = json.loads(result.read_text())
+    return taken["code"], taken["cpu"], taken["wall"], taken["rss"]
 
 
 def run_well(command: list[str], env: dict[str, str], folder: Path, log: Path) -> tuple[float, float, float]:
