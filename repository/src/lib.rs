@@ -3,6 +3,7 @@
 //! Many writers at once, no locks, no trust in clocks or in LIST. `FORMAT.md` says every byte that is stored.
 //! This crate knows nothing of Kubernetes and prints nothing.
 
+mod aligned;
 pub mod arenas;
 pub mod backup;
 mod beneath;

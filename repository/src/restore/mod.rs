@@ -2,13 +2,14 @@
 //!
 //! A repository may be hostile: names are checked when a manifest is decoded, and every call goes through a descriptor
 //! below the target without following links. `select` chooses entries, `plan` gathers chunks, `write` writes what
-//! arrives, `create` makes what is no file, `attributes` applies ownership, modes and times. What cannot be restored
+//! arrives, `runs` large files past the page cache, `create` makes what is no file, `attributes` applies ownership, modes and times. What cannot be restored
 //! is counted and listed, never left out silently.
 
 mod attributes;
 mod create;
 mod image;
 mod plan;
+mod runs;
 mod select;
 mod target;
 #[cfg(test)]

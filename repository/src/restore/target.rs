@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, statat, unlinkat};
 use rustix::io::Errno;
 
+use super::runs::Room;
 use super::{Existing, Failed, RestoreError, RestoreOptions, What};
 use crate::beneath::Beneath;
 use crate::manifest::{Entry, Kind};
@@ -19,6 +20,8 @@ pub(super) struct Target {
     pub(super) options: RestoreOptions,
     pub(super) progress: Arc<Progress>,
     outcome: Mutex<Outcome>,
+    /// For large files that are being written.
+    pub(super) room: Arc<Room>,
     /// The directory of the file that was made last: the next one is nearly always in it.
     last: Mutex<Option<LastDirectory>>,
 }
@@ -38,7 +41,7 @@ struct Outcome {
 
 impl Target {
     pub(super) fn new(beneath: Beneath, options: RestoreOptions, progress: Arc<Progress>) -> Self {
-        Self { beneath, options, progress, outcome: Mutex::default(), last: Mutex::default() }
+        Self { beneath, options, progress, outcome: Mutex::default(), room: Arc::default(), last: Mutex::default() }
     }
 
     fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {

@@ -11,6 +11,7 @@ use rustix::io::{Errno, pwrite};
 
 use super::What;
 use super::create::LinkedFiles;
+use super::runs::{self, Runs};
 use super::target::Target;
 use crate::manifest::{Entry, Kind};
 
@@ -35,8 +36,14 @@ pub(super) struct OutFile {
 
 enum State {
     New,
-    Open(Arc<OwnedFd>),
+    Open(Arc<Open>),
     Ended,
+}
+
+struct Open {
+    file: OwnedFd,
+    /// Of large files that have no holes.
+    runs: Option<Runs>,
 }
 
 /// A part of a chunk that goes into a file.
@@ -106,7 +113,7 @@ impl OutFile {
         self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open(&self) -> Option<Arc<OwnedFd>> {
+    fn open(&self) -> Option<Arc<Open>> {
         let mut state = self.state();
         match &*state {
             State::Open(file) => return Some(Arc::clone(file)),
@@ -115,9 +122,11 @@ impl OutFile {
         }
         match self.target.create_file(&self.entry.path) {
             Ok(file) => {
-                let file = Arc::new(file);
-                *state = State::Open(Arc::clone(&file));
-                Some(file)
+                let is_gathered = !self.is_sparse && self.size >= runs::MIN_BYTES;
+                let runs = if is_gathered { Runs::new(&file, self.size, &self.target.room) } else { None };
+                let open = Arc::new(Open { file, runs });
+                *state = State::Open(Arc::clone(&open));
+                Some(open)
             }
             Err(error) => {
                 *state = State::Ended;
@@ -132,9 +141,13 @@ impl OutFile {
         if self.is_lost.load(Ordering::SeqCst) {
             return;
         }
-        let Some(file) = self.open() else { return };
+        let Some(open) = self.open() else { return };
         self.target.progress.add_bytes(bytes.len() as u64);
-        let written = if self.is_sparse { write_sparse(&file, bytes, at) } else { write_all(&file, bytes, at) };
+        let written = match &open.runs {
+            Some(runs) => runs.write(&open.file, at, bytes),
+            None if self.is_sparse => write_sparse(&open.file, bytes, at),
+            None => write_all(&open.file, bytes, at),
+        };
         match written {
             // What ends in zeros may have ended before them.
             Ok(()) if self.is_sparse => {}
@@ -148,16 +161,18 @@ impl OutFile {
     /// Finishes the file after its last write. Blocking.
     pub(super) fn finish(&self) {
         if !self.is_lost.load(Ordering::SeqCst)
-            && let Some(file) = self.open()
+            && let Some(open) = self.open()
         {
+            let file = &open.file;
+            let gathered = open.runs.as_ref().map_or(Ok(()), |runs| runs.finish(file));
             let is_short = self.written_to.load(Ordering::SeqCst) < self.size;
-            if is_short && let Err(error) = ftruncate(&file, self.size) {
+            let whole = gathered.and_then(|()| if is_short { ftruncate(file, self.size) } else { Ok(()) });
+            if let Err(error) = whole {
                 self.lose_by(What::Content, &error.into());
             } else {
-                self.target.apply(&file, &self.entry);
+                self.target.apply(file, &self.entry);
                 if self.is_linked {
-                    let noted =
-                        self.linked.lock().unwrap_or_else(PoisonError::into_inner).note(&self.entry.path, &file);
+                    let noted = self.linked.lock().unwrap_or_else(PoisonError::into_inner).note(&self.entry.path, file);
                     if let Err(error) = noted {
                         self.target.fail(&self.entry.path, What::Link, &error);
                     }
@@ -187,7 +202,7 @@ impl Write {
     }
 }
 
-fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+pub(super) fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match pwrite(file, bytes, at) {
             Ok(0) => return Err(Errno::IO),

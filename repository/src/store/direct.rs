@@ -7,54 +7,26 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::Payload;
+use crate::aligned::{ALIGNMENT, AlignedBuffer, RUN_BYTES};
 
 /// Smaller objects go through the page cache: many of them are read again soon.
 const MIN_BYTES: u64 = 1 << 20;
-/// Memory, offsets and lengths are multiples of this: enough for all disks with blocks up to 4 KiB.
-const ALIGNMENT: usize = 4 << 10;
-/// Bytes that are written at once.
-const RUN_BYTES: usize = 2 << 20;
-/// Buffers that are kept; more may be in use at a time.
-const KEPT: usize = 2;
 
-/// Memory that was written to is worth keeping: a fresh page costs the kernel more than the copy into it.
-static BUFFERS: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
-
-/// [`RUN_BYTES`] of aligned memory.
-struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
+/// A run that is being filled.
+struct Run {
+    buffer: AlignedBuffer,
     len: usize,
 }
 
-impl Buffer {
-    fn take() -> Self {
-        let kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        kept.unwrap_or_else(|| {
-            let bytes = vec![0; RUN_BYTES + ALIGNMENT];
-            let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-            Self { bytes, start, len: 0 }
-        })
-    }
-
-    fn keep(mut self) {
-        self.len = 0;
-        let mut kept = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < KEPT {
-            kept.push(self);
-        }
-    }
-
+impl Run {
     /// Takes as many bytes as it has room for; gives back the others.
     fn fill<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
         let (taken, rest) = bytes.split_at(bytes.len().min(RUN_BYTES - self.len));
-        let from = self.start + self.len;
-        self.bytes[from..from + taken.len()].copy_from_slice(taken);
+        self.buffer[self.len..self.len + taken.len()].copy_from_slice(taken);
         self.len += taken.len();
         rest
     }
@@ -64,7 +36,7 @@ impl Buffer {
     }
 
     fn filled(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
+        &self.buffer[..self.len]
     }
 }
 
@@ -74,45 +46,39 @@ pub(super) fn write(file: &File, payload: &Payload) -> io::Result<()> {
         let mut file = file;
         return payload.pieces().iter().try_for_each(|piece| file.write_all(piece));
     }
-    let mut buffer = Buffer::take();
-    let written = write_in_runs(file, payload, &mut buffer);
-    buffer.keep();
-    written
-}
-
-fn write_in_runs(file: &File, payload: &Payload, buffer: &mut Buffer) -> io::Result<()> {
+    let mut run = Run { buffer: AlignedBuffer::take(), len: 0 };
     let mut is_direct = set_direct(file, true);
     let mut at = 0;
-    let mut flush = |buffer: &mut Buffer| -> io::Result<()> {
-        let whole = buffer.len / ALIGNMENT * ALIGNMENT;
+    let mut flush = |run: &mut Run| -> io::Result<()> {
+        let whole = run.len / ALIGNMENT * ALIGNMENT;
         let mut done = 0;
         if is_direct {
-            match file.write_all_at(&buffer.filled()[..whole], at) {
+            match file.write_all_at(&run.filled()[..whole], at) {
                 Ok(()) => done = whole,
                 // Larger blocks than ours, or a file system that finds out late: the run is written again.
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {}
                 Err(error) => return Err(error),
             }
         }
-        if done < buffer.len {
+        if done < run.len {
             if is_direct {
                 set_direct(file, false);
                 is_direct = false;
             }
-            file.write_all_at(&buffer.filled()[done..], at + done as u64)?;
+            file.write_all_at(&run.filled()[done..], at + done as u64)?;
         }
-        at += buffer.len as u64;
-        buffer.len = 0;
+        at += run.len as u64;
+        run.len = 0;
         Ok(())
     };
     for piece in payload.pieces() {
-        let mut rest = buffer.fill(piece);
-        while buffer.is_full() {
-            flush(buffer)?;
-            rest = buffer.fill(rest);
+        let mut rest = run.fill(piece);
+        while run.is_full() {
+            flush(&mut run)?;
+            rest = run.fill(rest);
         }
     }
-    flush(buffer)
+    flush(&mut run)
 }
 
 /// Switches direct writes on or off; whether they are on now.
