@@ -26,12 +26,6 @@ pub enum ForgetError {
     /// The list of snapshots cannot be read.
     #[error(transparent)]
     Log(#[from] CommitLogError),
-    /// No such snapshot.
-    #[error("there is no snapshot {snapshot}")]
-    Unknown {
-        /// What was named.
-        snapshot: SnapshotId,
-    },
     /// A recovery point needs the snapshot.
     #[error("snapshot {snapshot} belongs to the recovery point {point}; forget that")]
     IsMember {
@@ -49,7 +43,6 @@ impl Classified for ForgetError {
     fn class(&self) -> ErrorClass {
         match self {
             Self::Log(error) => error.class(),
-            Self::Unknown { .. } => ErrorClass::NotFound,
             Self::IsMember { .. } => ErrorClass::Invalid,
             Self::Store(error) => error.class(),
         }
@@ -59,7 +52,8 @@ impl Classified for ForgetError {
 impl Repository {
     /// Forgets these snapshots, and with a recovery point its members, unless another recovery point needs them.
     ///
-    /// Nothing is forgotten if one of them does not exist or belongs to a recovery point that stays.
+    /// Those that do not exist are left out: another may have forgotten them since they were chosen. Nothing is forgotten if
+    /// one of them belongs to a recovery point that stays.
     pub async fn forget(&self, snapshots: &[SnapshotId]) -> Result<ForgetReport, ForgetError> {
         let all = self.snapshots().await?;
         let order = with_members(&all, snapshots)?;
@@ -86,12 +80,7 @@ fn members(snapshot: &Snapshot) -> &[SnapshotId] {
 
 /// The snapshots in the order in which they are forgotten: recovery points first, so that none ever lacks a member.
 fn with_members(all: &[Snapshot], named: &[SnapshotId]) -> Result<Vec<SnapshotId>, ForgetError> {
-    let named: BTreeSet<_> = named.iter().copied().collect();
-    for snapshot in &named {
-        if !all.iter().any(|found| found.id == *snapshot) {
-            return Err(ForgetError::Unknown { snapshot: *snapshot });
-        }
-    }
+    let named: BTreeSet<_> = named.iter().copied().filter(|named| all.iter().any(|found| found.id == *named)).collect();
     let (going, staying): (Vec<&Snapshot>, Vec<&Snapshot>) =
         all.iter().filter(|found| !members(found).is_empty()).partition(|found| named.contains(&found.id));
     for point in &staying {
