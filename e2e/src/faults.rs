@@ -52,7 +52,14 @@ while :; do
   sleep 0.02
 done) </dev/null >/dev/null 2>&1 &"#;
 
-/// The longest time that the application could not work since the last look.
+/// Whether the application writes now.
+pub fn is_at_work(s: &Scenario) -> Result<bool> {
+    let sizes = s.shell("app", "wc -c < /data/beat; sleep 0.3; wc -c < /data/beat")?;
+    let mut sizes = sizes.lines();
+    Ok(sizes.next() != sizes.next())
+}
+
+/// The longest time that the application could not work since the last look, without one that lasts.
 pub fn longest_gap(s: &Scenario) -> Result<u64> {
     let gaps = s.shell("app", "cat /tmp/gaps 2>/dev/null; : > /tmp/gaps")?;
     Ok(gaps.lines().filter_map(|line| line.parse::<u64>().ok()).max().unwrap_or(0) * 10)

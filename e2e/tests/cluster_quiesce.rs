@@ -12,7 +12,7 @@ use kube::api::ListParams;
 use lifeboat_crds::backup::{Consistency, Through};
 use lifeboat_crds::quiesce_lease::Watchdog;
 use lifeboat_crds::{Backup, QuiesceLease};
-use lifeboat_e2e::faults::{BEAT, CONTROLLER, chance, fresh_lifeboat, kill, longest_gap, number};
+use lifeboat_e2e::faults::{BEAT, CONTROLLER, chance, fresh_lifeboat, is_at_work, kill, longest_gap, number};
 use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, scenario, sleeper_manifest};
 use serde_json::{Value, json};
 
@@ -248,13 +248,14 @@ fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
             tokio::time::sleep(ALLOWED + Duration::from_millis(500)).await;
             drop(dead);
             s.api_server_answers().await?;
-            let gap = longest_gap(&s)?;
-            ensure!(gap > 0, "round {round}: it was never frozen");
             let mut allowed = ALLOWED;
             if both {
                 let back = guardian_started(&s, killed).await?.duration_since(begun);
                 allowed = allowed.max(Duration::try_from(back)? + AT_ITS_START);
             }
+            s.eventually("the application at work", async || is_at_work(&s)).await?;
+            let gap = longest_gap(&s)?;
+            ensure!(gap > 0, "round {round}: it was never frozen");
             ensure!(
                 u128::from(gap) <= allowed.as_millis(),
                 "round {round}: frozen for {gap} ms, allowed are {allowed:?}"

@@ -108,8 +108,7 @@ async fn check_pack(
         Err(error) => return Err(error.into()),
     };
     checked.bytes_read = bytes.len() as u64;
-    let hash = verify_checksum(&bytes).and_then(|()| parse_header(&bytes));
-    match hash {
+    match verify_checksum(&bytes).and_then(|()| parse_header(&bytes)) {
         Ok(found) if found == pack => {}
         Ok(found) => checked.problems.push(problem(format!("the object holds the pack {found}"))),
         Err(error) => checked.problems.push(problem(error.to_string())),

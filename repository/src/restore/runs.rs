@@ -73,7 +73,7 @@ impl Run {
 
 /// A file of which runs are gathered.
 pub(super) struct Runs {
-    /// The file again, opened for direct writes.
+    /// The file again, opened for direct writes: others write through the cache at the same time.
     direct: OwnedFd,
     /// Whether the file system takes them.
     is_direct: AtomicBool,
