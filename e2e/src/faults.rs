@@ -4,9 +4,12 @@ use anyhow::Result;
 
 use crate::scenario::{INSTALLED_IN, Scenario, launcher};
 
+/// The nodes of the cluster.
+pub const NODES: [&str; 3] = ["n1", "n2", "n3"];
+
 /// Commands on the nodes: nothing of it goes through the API server.
 fn on_all_nodes(command: &str) -> Result<()> {
-    for node in ["n1", "n2", "n3"] {
+    for node in NODES {
         launcher(&["in-node", node, "sh", "-c", command])?;
     }
     Ok(())
@@ -52,16 +55,16 @@ while :; do
   sleep 0.02
 done) </dev/null >/dev/null 2>&1 &"#;
 
-/// Whether the application writes now.
-pub fn is_at_work(s: &Scenario) -> Result<bool> {
-    let sizes = s.shell("app", "wc -c < /data/beat; sleep 0.3; wc -c < /data/beat")?;
+/// Whether the application of this pod writes now.
+pub fn is_at_work(s: &Scenario, pod: &str) -> Result<bool> {
+    let sizes = s.shell(pod, "wc -c < /data/beat; sleep 0.3; wc -c < /data/beat")?;
     let mut sizes = sizes.lines();
     Ok(sizes.next() != sizes.next())
 }
 
-/// The longest time that the application could not work since the last look, without one that lasts.
-pub fn longest_gap(s: &Scenario) -> Result<u64> {
-    let gaps = s.shell("app", "cat /tmp/gaps 2>/dev/null; : > /tmp/gaps")?;
+/// The longest time in ms that the application of this pod could not work since the last look, without one that lasts.
+pub fn longest_gap(s: &Scenario, pod: &str) -> Result<u64> {
+    let gaps = s.shell(pod, "cat /tmp/gaps 2>/dev/null; : > /tmp/gaps")?;
     Ok(gaps.lines().filter_map(|line| line.parse::<u64>().ok()).max().unwrap_or(0) * 10)
 }
 

@@ -220,7 +220,7 @@ async fn begin_round(s: &Scenario, name: &str) -> Result<()> {
 
 /// One backup in the middle of which something dies; how it ended.
 async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim: Victim) -> Result<String> {
-    longest_gap(s)?;
+    longest_gap(s, "app")?;
     let log = Log::follow(program)?;
     // The stream begins before what it is to show.
     tokio::time::sleep(Duration::from_millis(700)).await;
@@ -234,7 +234,7 @@ async fn survives(s: &Scenario, name: &str, program: Program, step: &str, victim
     }
     let backup = s.backup_finished(name).await?;
     nothing_is_left(s).await?;
-    let gap = longest_gap(s)?;
+    let gap = longest_gap(s, "app")?;
     ensure!(Duration::from_millis(gap) <= MAX_FREEZE, "frozen for {gap} ms");
     let status = backup.status.as_ref().context("status")?;
     ensure!(status.quiesce.iter().flat_map(|quiesce| &quiesce.workloads).all(|w| !w.frozen), "{:?}", status.quiesce);

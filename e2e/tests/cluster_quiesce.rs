@@ -12,7 +12,7 @@ use kube::api::ListParams;
 use lifeboat_crds::backup::{Consistency, Through};
 use lifeboat_crds::quiesce_lease::Watchdog;
 use lifeboat_crds::{Backup, QuiesceLease};
-use lifeboat_e2e::faults::{BEAT, CONTROLLER, chance, fresh_lifeboat, is_at_work, kill, longest_gap, number};
+use lifeboat_e2e::faults::{BEAT, CONTROLLER, NODES, chance, fresh_lifeboat, is_at_work, kill, longest_gap, number};
 use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, scenario, sleeper_manifest};
 use serde_json::{Value, json};
 
@@ -175,9 +175,10 @@ fn beating_app(s: &Scenario) -> Result<()> {
 }
 
 /// The application by its own means, then its file system: the plan, frozen for at most this long.
-fn both_ways(s: &Scenario, max_freeze: &str) -> Value {
-    let own = step("touch /tmp/frozen", "rm -f /tmp/frozen");
-    let kernel = json!({"selector": {"matchLabels": {"app": "app"}}, "fsfreeze": {}});
+fn both_ways(s: &Scenario, max_freeze: &str, selector: &Value) -> Value {
+    let mut own = step("touch /tmp/frozen", "rm -f /tmp/frozen");
+    own["selector"] = selector.clone();
+    let kernel = json!({"selector": selector, "fsfreeze": {}});
     plan_with(s, &json!({"maxFreeze": max_freeze, "steps": [own, kernel]}))
 }
 
@@ -204,9 +205,8 @@ const ALLOWED: Duration = Duration::from_secs(6);
 /// long to thaw them. Kubernetes tells whole seconds.
 const AT_ITS_START: Duration = Duration::from_millis(1500);
 
-/// When a guardian of the application's node was started again by kubelet.
-async fn guardian_started(s: &Scenario, killed: Timestamp) -> Result<Timestamp> {
-    let node = s.kubectl(&["get", "pods", "-l", "app=app", "-o", "jsonpath={.items[0].spec.nodeName}"])?;
+/// When a guardian of the node was started again by kubelet.
+async fn guardian_started(s: &Scenario, node: &str, killed: Timestamp) -> Result<Timestamp> {
     let pods: kube::Api<Pod> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
     let on_node =
         ListParams::default().labels("app.kubernetes.io/component=agent").fields(&format!("spec.nodeName={node}"));
@@ -222,54 +222,82 @@ async fn guardian_started(s: &Scenario, killed: Timestamp) -> Result<Timestamp> 
     first.context("no guardian")
 }
 
+/// An application on each node, with the node's name.
+fn an_app_on_each_node(s: &Scenario) -> Result<()> {
+    for node in NODES {
+        let there = format!("spec:\n  nodeSelector: {{kubernetes.io/hostname: {node}}}\n  terminationGrace");
+        s.apply(&sleeper_manifest(node).replace("spec:\n  terminationGrace", &there))?;
+    }
+    for node in NODES {
+        s.kubectl(&["wait", "--for=condition=Ready", &format!("pod/{node}"), "--timeout=120s"])?;
+        ensure!(s.kubectl(&["get", "pod", node, "-o", "jsonpath={.spec.nodeName}"])? == node);
+        s.shell(node, BEAT)?;
+    }
+    Ok(())
+}
+
+/// All applications are frozen, and while they are, the API server, the controller and guardians of all nodes die. Returns
+/// the longest gap of each application in ms.
+async fn die_while_frozen(s: &Scenario, name: &str, plan: Value, after: Duration, both: bool) -> Result<Vec<u64>> {
+    for node in NODES {
+        longest_gap(s, node)?;
+    }
+    let begun = Timestamp::now();
+    s.start_backup(name, plan).await?;
+    frozen(s, name, 2 * NODES.len()).await?;
+    tokio::time::sleep(after).await;
+    // The API server first: nobody can be told anything any more.
+    let dead = s.kill_api_server()?;
+    kill(CONTROLLER)?;
+    let killed = Timestamp::now();
+    kill(if both { BOTH } else { FIRST })?;
+    tokio::time::sleep(ALLOWED + Duration::from_millis(500)).await;
+    drop(dead);
+    s.api_server_answers().await?;
+    let mut gaps = Vec::new();
+    for node in NODES {
+        let mut allowed = ALLOWED;
+        if both {
+            let back = guardian_started(s, node, killed).await?.duration_since(begun);
+            allowed = allowed.max(Duration::try_from(back)? + AT_ITS_START);
+        }
+        s.eventually("the application at work", async || is_at_work(s, node)).await?;
+        let gap = longest_gap(s, node)?;
+        ensure!(gap > 0, "{name}: the application on {node} was never frozen");
+        ensure!(
+            u128::from(gap) <= allowed.as_millis(),
+            "{name}: the application on {node} was frozen for {gap} ms, allowed are {allowed:?}"
+        );
+        gaps.push(gap);
+    }
+    Ok(gaps)
+}
+
 #[test]
 fn nothing_that_dies_keeps_an_application_frozen_longer_than_allowed() {
     let (rounds, seed) = (number("LIFEBOAT_KILL_ROUNDS", 5), number("LIFEBOAT_KILL_SEED", 1));
     scenario("quiesce-all-die", async |s: Scenario| {
-        beating_app(&s)?;
-        let mut gaps = Vec::new();
-        // A step that never comes to rest, after those that do: it stays frozen, however fast the volume is read.
-        let mut plan = both_ways(&s, &format!("{}s", ALLOWED.as_secs()));
-        let steps = plan["plan"]["quiesce"]["steps"].as_array_mut().context("steps")?;
-        steps.push(step("sleep 1000", "true"));
+        an_app_on_each_node(&s)?;
+        let mut longest = 0;
+        let all = json!({"matchExpressions": [{"key": "app", "operator": "Exists"}]});
+        let mut plan = both_ways(&s, &format!("{}s", ALLOWED.as_secs()), &all);
+        // A step that never comes to rest, after those that do: it stays frozen, however fast the volumes are read.
+        let mut last = step("sleep 1000", "true");
+        last["selector"] = json!({"matchLabels": {"app": NODES[0]}});
+        plan["plan"]["quiesce"]["steps"].as_array_mut().context("steps")?.push(last);
         for round in 0..rounds {
-            longest_gap(&s)?;
             let name = format!("b{round}");
-            let begun = Timestamp::now();
-            s.start_backup(&name, plan.clone()).await?;
-            frozen(&s, &name, 2).await?;
-            tokio::time::sleep(Duration::from_millis(chance(seed + round) % 1500)).await;
-            // The API server first: nobody can be told anything any more.
-            let dead = s.kill_api_server()?;
-            kill(CONTROLLER)?;
-            let both = round % 2 == 0;
-            let killed = Timestamp::now();
-            kill(if both { BOTH } else { FIRST })?;
-            tokio::time::sleep(ALLOWED + Duration::from_millis(500)).await;
-            drop(dead);
-            s.api_server_answers().await?;
-            let mut allowed = ALLOWED;
-            if both {
-                let back = guardian_started(&s, killed).await?.duration_since(begun);
-                allowed = allowed.max(Duration::try_from(back)? + AT_ITS_START);
-            }
-            s.eventually("the application at work", async || is_at_work(&s)).await?;
-            let gap = longest_gap(&s)?;
-            ensure!(gap > 0, "round {round}: it was never frozen");
-            ensure!(
-                u128::from(gap) <= allowed.as_millis(),
-                "round {round}: frozen for {gap} ms, allowed are {allowed:?}"
-            );
-            println!("round {round} of {rounds}: frozen for {gap} ms");
-            gaps.push(gap);
+            let after = Duration::from_millis(chance(seed + round) % 1500);
+            let gaps = die_while_frozen(&s, &name, plan.clone(), after, round % 2 == 0).await?;
+            println!("round {round} of {rounds}: frozen for {gaps:?} ms");
+            longest = gaps.into_iter().fold(longest, u64::max);
             fresh_lifeboat(&s).await?;
-            let backup = s.backup_finished(&name).await?;
-            let status = backup.status.context("status")?;
+            let status = s.backup_finished(&name).await?.status.context("status")?;
             // What was not at rest until it was released does not count as such.
             ensure!(status.consistency != Some(Consistency::Application), "{:?}", status.quiesce);
             ensure!(status.quiesce.context("quiesce")?.workloads.iter().all(|w| !w.frozen), "{:?}", status.conditions);
         }
-        println!("{rounds} rounds, the longest freeze took {:?} ms", gaps.iter().max());
+        println!("{rounds} rounds with {} applications, the longest freeze took {longest} ms", NODES.len());
         Ok(())
     });
 }
@@ -280,14 +308,14 @@ fn a_guardian_killed_while_frozen_is_covered_by_the_second_and_the_backup_fails(
         beating_app(&s)?;
         // More than is read before the store is held.
         s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=400 2>/dev/null; sync")?;
-        longest_gap(&s)?;
-        s.start_backup("b", both_ways(&s, "60s")).await?;
+        longest_gap(&s, "app")?;
+        s.start_backup("b", both_ways(&s, "60s", &json!({"matchLabels": {"app": "app"}}))).await?;
         frozen(&s, "b", 2).await?;
         let held = StoreHeld::hold()?;
         kill(FIRST)?;
         let mut gap = 0;
         s.eventually("the application at work", async || {
-            gap = longest_gap(&s)?;
+            gap = longest_gap(&s, "app")?;
             Ok(gap > 0)
         })
         .await?;
