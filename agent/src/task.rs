@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kube::Api;
 use lifeboat_crds::VolumeTask;
 use lifeboat_crds::backup::Transfer;
+use lifeboat_crds::cluster_repository::CompressionLevel;
 use lifeboat_crds::conditions::Reason;
 use lifeboat_crds::volume_task::{BackupOperation, DumpOperation, Operation, RestoreOperation, TaskResult};
 use lifeboat_process::access::RepositoryAccess;
@@ -17,7 +18,7 @@ use lifeboat_repository::id::SessionId;
 use lifeboat_repository::progress::Progress;
 use lifeboat_repository::repository::Repository;
 use lifeboat_repository::restore::{self, Existing, RestoreOptions};
-use lifeboat_repository::session::{Session, SessionOptions};
+use lifeboat_repository::session::{Compression, Session, SessionOptions};
 use lifeboat_repository::snapshot::Snapshot;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -170,7 +171,8 @@ impl Worker {
         let work = async {
             match &spec.operation {
                 Operation::Backup(operation) => {
-                    self.back_up(&repository, (&mounted, device), operation, reporter, progress).await
+                    let repository = (&repository, spec.repository.compression_level);
+                    self.back_up(repository, (&mounted, device), operation, reporter, progress).await
                 }
                 Operation::Restore(operation) => {
                     restore(&repository, (&mounted, device), operation, reporter, progress).await
@@ -227,7 +229,8 @@ impl Worker {
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
     ) -> Result<TaskResult, Failure> {
-        let (plan, session) = self.register(repository, &operation.lineage, &operation.tags, reporter).await?;
+        let level = task.spec.repository.compression_level;
+        let (plan, session) = self.register((repository, level), &operation.lineage, &operation.tags, reporter).await?;
         let parent = plan.parent.as_ref().map(|parent| parent.id.to_string());
         enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));
@@ -247,14 +250,16 @@ impl Worker {
     /// What snapshot is to be made, and a session for it that is noted in the status.
     async fn register(
         &self,
-        repository: &Repository,
+        (repository, level): (&Repository, CompressionLevel),
         lineage: &str,
         tags: &BTreeMap<String, String>,
         reporter: &mut Reporter,
     ) -> Result<(TreeBackup, Arc<Session>), Failure> {
         let parent = repository.latest_of(lineage).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         enter("Register");
-        let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone() };
+        // The API server takes only levels that exist.
+        let compression = Compression::level(level.0).unwrap_or_default();
+        let options = SessionOptions { purpose: "backup".to_owned(), host: self.node.clone(), compression };
         let session = repository.begin(options).await.map_err(|error| Failure::of(&error, Reason::ReadFailed))?;
         if let Err(error) = reporter.session(session.id().to_string()).await {
             let message = format!("the session cannot be noted in the task: {error}");
@@ -276,13 +281,13 @@ impl Worker {
 
     async fn back_up(
         &self,
-        repository: &Repository,
+        (repository, level): (&Repository, CompressionLevel),
         (mounted, device): (&Mounted, Option<OwnedFd>),
         operation: &BackupOperation,
         reporter: &mut Reporter,
         progress: &Arc<Progress>,
     ) -> Result<TaskResult, Failure> {
-        let (plan, session) = self.register(repository, &operation.lineage, &operation.tags, reporter).await?;
+        let (plan, session) = self.register((repository, level), &operation.lineage, &operation.tags, reporter).await?;
         let parent = plan.parent.as_ref().map(|parent| parent.id.to_string());
         enter("Read");
         let reporting = tokio::spawn(reporter.clone().keep_reporting(Arc::clone(progress)));

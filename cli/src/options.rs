@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use lifeboat_repository::session::Compression;
 use lifeboat_repository::share::Share;
 
 /// Everything was done.
@@ -113,6 +114,9 @@ pub(crate) struct Backup {
     /// Do not cross into other file systems
     #[arg(short = 'x', long)]
     pub(crate) one_file_system: bool,
+    /// How hard to compress: 0 (not at all), 1 (fast) to 19 (small, slow)
+    #[arg(long, value_name = "LEVEL", default_value = "1")]
+    pub(crate) compression: Compression,
     /// Read every file, also those that did not change since the last snapshot
     #[arg(long)]
     pub(crate) force: bool,

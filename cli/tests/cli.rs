@@ -75,6 +75,28 @@ fn mistakes_are_told_with_what_to_do() {
 }
 
 #[test]
+fn compression_is_chosen_for_new_data() {
+    let stored = |level: &str| {
+        let machine = Machine::new();
+        let source = machine.text("source");
+        let lines: Vec<_> =
+            (0..40_000).map(|n| format!("{:x} of many lines that look alike, {}", n * n, n % 97)).collect();
+        write(&source, &[("a", &lines.join("\n"))]);
+        machine.prints(&["init"]);
+        let made = machine.json(&["--json", "backup", &source, "--compression", level]);
+        let target = machine.text("target");
+        machine.prints(&["restore", "latest", &target]);
+        assert_eq!(std::fs::read_to_string(Path::new(&target).join("a")).unwrap(), lines.join("\n"));
+        made["stats"]["stored_bytes"].as_u64().unwrap()
+    };
+    let [none, fast, small] = ["0", "1", "19"].map(stored);
+    assert!(none > 2 * fast && fast > small, "{none} {fast} {small}");
+    let machine = Machine::new();
+    let said = machine.fails(2, &["backup", "/", "--compression", "20"]);
+    assert!(said.contains("a level from 0 (none) to 19"), "{said}");
+}
+
+#[test]
 fn a_key_file_opens_what_it_made_and_nothing_else() {
     let machine = Machine::new();
     let key = machine.text("key");

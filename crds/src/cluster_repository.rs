@@ -47,12 +47,27 @@ pub struct ClusterRepositorySpec {
     /// `ReadOnly` allows restores only.
     #[serde(default)]
     pub mode: Mode,
+    /// How hard data is compressed: from 1 (fast) to 19 (small, slow), or 0: not at all. It is for new data; what is stored
+    /// stays as it is. Default: 1.
+    #[serde(default)]
+    pub compression_level: CompressionLevel,
     /// How much goes on at once.
     #[serde(default)]
     pub limits: Limits,
     /// When space of what expired is given back.
     #[serde(default)]
     pub maintenance: Maintenance,
+}
+
+/// A level of zstd from 1 to 19; 0: none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct CompressionLevel(#[schemars(range(min = 0, max = 19))] pub u8);
+
+impl Default for CompressionLevel {
+    fn default() -> Self {
+        Self(1)
+    }
 }
 
 /// How many volumes are read into a repository at once. Restores count among themselves and are never held up by backups.

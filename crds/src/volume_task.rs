@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     backup::{BlockRead, Phase, SkippedFile, Transfer},
-    cluster_repository::{Backend, Reclaimed, SecretRef},
+    cluster_repository::{Backend, ClusterRepositorySpec, CompressionLevel, Reclaimed, SecretRef},
     quiesce_lease::LeasedWorkload,
 };
 
@@ -97,6 +97,17 @@ pub struct RepositoryAccess {
     pub backend: Backend,
     /// The Secret with the repository's password.
     pub encryption_secret: SecretRef,
+    /// How hard data is compressed.
+    #[serde(default)]
+    pub compression_level: CompressionLevel,
+}
+
+impl RepositoryAccess {
+    /// As the repository's specification says.
+    pub fn new(name: String, id: String, spec: ClusterRepositorySpec) -> Self {
+        let ClusterRepositorySpec { backend, encryption, compression_level, .. } = spec;
+        Self { name, id, backend, encryption_secret: encryption.secret_ref, compression_level }
+    }
 }
 
 /// What a task does.

@@ -1,16 +1,24 @@
 //! A local copy of small immutable objects, so that the next run need not fetch them again.
 //!
-//! Every object carries its own hash, which the reader of the object checks: a damaged copy is found, forgotten
-//! and fetched anew. Nothing here is needed for correctness, so a full or read-only disk is only logged.
+//! Every object carries its own hash, or its parts their tags, which the reader of the object checks: a damaged copy is
+//! found, forgotten and fetched anew. Nothing here is needed for correctness, so a full or read-only disk is only logged.
 
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use tracing::debug;
 
-use crate::id::RepositoryId;
-use crate::store::{Store, StoreError};
+use crate::id::{PackId, RepositoryId};
+use crate::pack::{PACKS_PREFIX, pack_key};
+use crate::store::{Payload, Store, StoreError};
+
+/// Bytes of packs that are kept: manifests of some million files.
+const PACKS_BYTES: u64 = 256 << 20;
 
 /// The cache of one repository; without a directory it keeps nothing.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +30,12 @@ impl ObjectCache {
     /// A cache below `directory`, in a folder of the repository's name.
     pub(crate) fn new(directory: Option<&Path>, repository: RepositoryId) -> Self {
         Self { directory: directory.map(|directory| directory.join(repository.to_string())) }
+    }
+
+    /// What is remembered of a repository by its location, before its name is known.
+    pub(crate) fn of_location(directory: Option<&Path>, location: &str) -> Self {
+        let name = blake3::hash(location.as_bytes()).to_hex();
+        Self { directory: directory.map(|directory| directory.join("locations").join(&name[..32])) }
     }
 
     /// Where it is kept.
@@ -51,26 +65,101 @@ impl ObjectCache {
     }
 
     pub(crate) fn put(&self, key: &str, bytes: &Bytes) {
+        self.put_pieces(key, std::slice::from_ref(bytes));
+    }
+
+    fn put_pieces(&self, key: &str, pieces: &[Bytes]) {
         let Some(path) = self.path(key) else { return };
         let Some(parent) = path.parent() else { return };
-        let written = std::fs::create_dir_all(parent).and_then(|()| {
+        let written = fs::create_dir_all(parent).and_then(|()| {
             // A rename makes the copy whole or absent, also with two processes at once.
             let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-            std::fs::File::create(&temporary)?.write_all(bytes)?;
-            std::fs::rename(&temporary, &path)
+            let mut file = File::create(&temporary)?;
+            pieces.iter().try_for_each(|piece| file.write_all(piece))?;
+            fs::rename(&temporary, &path)
         });
         if let Err(error) = written {
             debug!(key, %error, "an object was not cached");
         }
     }
 
-    /// Drops a copy that proved damaged, or of an object that was deleted.
-    pub(crate) fn forget(&self, key: &str) {
-        if let Some(path) = self.path(key)
-            && let Err(error) = std::fs::remove_file(&path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            debug!(key, %error, "a cached object was not removed");
+    /// Drops a copy that proved damaged, or of an object that was deleted. Whether there was one.
+    pub(crate) fn forget(&self, key: &str) -> bool {
+        let Some(path) = self.path(key) else { return false };
+        match fs::remove_file(&path) {
+            Ok(()) => true,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    debug!(key, %error, "a cached object was not removed");
+                }
+                false
+            }
         }
+    }
+
+    /// Keeps a pack of manifests, which the next backup reads; the oldest go when there are too many.
+    pub(crate) fn put_pack(&self, pack: PackId, payload: &Payload) {
+        self.put_pieces(&pack_key(pack), payload.pieces());
+        if let Some(folder) = self.path(PACKS_PREFIX)
+            && let Err(error) = keep_newest(&folder, PACKS_BYTES)
+        {
+            debug!(%error, "old packs stay in the cache");
+        }
+    }
+
+    /// These bytes of a pack that is kept. They say nothing about whether the repository still has the pack.
+    pub(crate) fn pack_range(&self, pack: PackId, range: &Range<u64>) -> Option<Bytes> {
+        let file = File::open(self.path(&pack_key(pack))?).ok()?;
+        let mut bytes = vec![0; usize::try_from(range.end.checked_sub(range.start)?).ok()?];
+        file.read_exact_at(&mut bytes, range.start).ok()?;
+        Some(bytes.into())
+    }
+}
+
+/// Removes the oldest files below the folder until those that stay have at most so many bytes.
+fn keep_newest(folder: &Path, limit: u64) -> io::Result<()> {
+    let mut found: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
+    for session in fs::read_dir(folder)? {
+        let session = session?.path();
+        for pack in fs::read_dir(&session)? {
+            let pack = pack?;
+            let meta = pack.metadata()?;
+            found.push((meta.modified()?, meta.len(), pack.path()));
+        }
+    }
+    found.sort_unstable_by(|a, b| b.cmp(a));
+    let mut kept = 0;
+    for (_, len, path) in found {
+        kept += len;
+        if kept > limit {
+            fs::remove_file(&path)?;
+            // Fails while others are in it.
+            let _ = path.parent().map(fs::remove_dir);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::SessionId;
+
+    #[test]
+    fn packs_are_kept_up_to_a_size_and_the_oldest_go_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = ObjectCache::new(Some(folder.path()), RepositoryId::random());
+        let packs = [0, 1, 2].map(|seq| PackId { session: SessionId::random(), seq });
+        for (age, pack) in packs.iter().rev().enumerate() {
+            cache.put_pack(*pack, &Payload::from(Bytes::from(vec![u8::try_from(pack.seq).unwrap(); 100])));
+            let file = File::options().write(true).open(cache.path(&pack_key(*pack)).unwrap()).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(age as u64)).unwrap();
+        }
+        let kept = || packs.map(|pack| cache.pack_range(pack, &(10..20)));
+        assert_eq!(kept(), [0, 1, 2].map(|seq| Some(Bytes::from(vec![seq; 10]))));
+        assert_eq!(cache.pack_range(packs[0], &(95..101)), None, "it does not have them all");
+        keep_newest(&cache.path(PACKS_PREFIX).unwrap(), 250).unwrap();
+        assert_eq!(kept().map(|found| found.is_some()), [true, true, false]);
+        assert!(cache.forget(&pack_key(packs[0])) && !cache.forget(&pack_key(packs[0])));
     }
 }

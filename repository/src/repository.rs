@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use futures::TryStreamExt;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::cache::ObjectCache;
 use crate::commits::{CommitLog, CommitLogError};
@@ -19,12 +18,12 @@ use crate::heal::Lost;
 use crate::id::{RepositoryId, SessionId, SnapshotId};
 use crate::index::Index;
 use crate::keyring::KeyRing;
-use crate::keys::{DomainKeys, KEYS_PREFIX, MAX_SLOT_BYTES, Secret, SecretError, Slot, SlotError};
+use crate::keys::{DomainKeys, KEYS_PREFIX, Secret, SecretError, Slot, Slots};
 use crate::read::{ReadError, Reader};
 use crate::session::decision::{Decision, MAX_DECISION_BYTES, decision_key};
 use crate::session::{Session, SessionError, SessionOptions};
 use crate::snapshot::Snapshot;
-use crate::store::{self, Listed, ProbeError, Store, StoreError};
+use crate::store::{self, ProbeError, Store, StoreError};
 
 /// How a repository is made.
 #[derive(Debug, Clone, Default)]
@@ -238,8 +237,9 @@ impl Repository {
     /// Opens a repository with a secret of any of its key slots.
     pub async fn open(store: Arc<dyn Store>, secret: &Secret, options: OpenOptions) -> Result<Self, OpenError> {
         secret.check()?;
-        let slots = store.list(KEYS_PREFIX).try_collect::<Vec<_>>();
-        let (config, slots) = tokio::join!(store.get(CONFIG_KEY, MAX_CONFIG_BYTES), slots);
+        let remembered = ObjectCache::of_location(options.cache_dir.as_deref(), &store.describe());
+        let (config, slots) =
+            tokio::join!(store.get(CONFIG_KEY, MAX_CONFIG_BYTES), Slots::find(Arc::clone(&store), remembered));
         let bytes = match config {
             Ok(bytes) => bytes,
             Err(error) if error.reason == store::Reason::NotFound => {
@@ -248,7 +248,7 @@ impl Repository {
             Err(error) => return Err(error.into()),
         };
         let config = Config::parse(&bytes)?;
-        let (domain, slot) = open_slot(&store, slots?, secret, *blake3::hash(&bytes).as_bytes()).await?;
+        let (domain, slot) = slots?.open(secret, blake3::hash(&bytes).as_bytes()).await?;
         let cache = ObjectCache::new(options.cache_dir.as_deref(), config.id);
         let keys = Arc::new(KeyRing::new(Arc::clone(&store), cache.clone(), domain, slot));
         Ok(Self {
@@ -367,42 +367,9 @@ impl Repository {
     pub fn reader(&self) -> Result<Arc<Reader>, ReadError> {
         Ok(Arc::new(Reader::new(Arc::clone(&self.engine))))
     }
-}
 
-/// Tries the secret on every slot that belongs to the config; the keys, and the key of the slot that gave them.
-async fn open_slot(
-    store: &Arc<dyn Store>,
-    listed: Vec<Listed>,
-    secret: &Secret,
-    config_hash: [u8; 32],
-) -> Result<(DomainKeys, String), OpenError> {
-    let (mut usable, mut damaged) = (0, 0);
-    for object in listed {
-        let bytes = match store.get(&object.key, MAX_SLOT_BYTES).await {
-            Ok(bytes) => bytes,
-            Err(error) if error.is_not_found() => continue,
-            Err(error) => return Err(error.into()),
-        };
-        let slot = match Slot::parse(&bytes) {
-            Ok(slot) if slot.belongs_to(&config_hash) => slot,
-            Ok(_) => continue,
-            Err(error) => {
-                warn!(slot = object.key, %error, "a key slot is damaged");
-                damaged += 1;
-                continue;
-            }
-        };
-        usable += 1;
-        let secret = secret.clone();
-        match tokio::task::spawn_blocking(move || slot.open(&secret)).await? {
-            Ok(keys) => return Ok((keys, object.key)),
-            Err(SlotError::WrongSecret) => {}
-            Err(SlotError::Object(error)) => {
-                warn!(slot = object.key, %error, "a key slot is damaged");
-                damaged += 1;
-            }
-        }
+    /// As [`Self::reader`], for the manifest of a parent: what this machine wrote itself need not be fetched again.
+    pub(crate) fn parent_reader(&self) -> Arc<Reader> {
+        Arc::new(Reader::by_cache(Arc::clone(&self.engine)))
     }
-    let store = store.describe();
-    Err(if usable == 0 { OpenError::NoSlot { store, damaged } } else { OpenError::WrongSecret { store } })
 }

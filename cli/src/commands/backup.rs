@@ -37,6 +37,7 @@ pub(crate) async fn run(global: &Global, options: Backup) -> Result<u8> {
         excludes: options.exclude,
         one_file_system: options.one_file_system,
         host: host(),
+        compression: options.compression,
     };
     let (snapshot, skipped) = if options.image {
         let device = image::open(&root).with_context(|| format!("cannot open {}", root.display()))?;

@@ -386,12 +386,7 @@ async fn access(run: &Run, context: &Context) -> Result<Result<RepositoryAccess,
     else {
         return Ok(Err((Reason::RepositoryNotFound, format!("the ClusterRepository `{}` was deleted", pinned.name))));
     };
-    Ok(Ok(RepositoryAccess {
-        name: pinned.name,
-        id: pinned.id,
-        backend: repository.spec.backend,
-        encryption_secret: repository.spec.encryption.secret_ref,
-    }))
+    Ok(Ok(RepositoryAccess::new(pinned.name, pinned.id, repository.spec)))
 }
 
 /// What a task that reads a volume is made of. `Err`: why the backup cannot go on.

@@ -207,12 +207,7 @@ async fn start(
         node,
         volume: None,
         workload: None,
-        repository: RepositoryAccess {
-            name: repository.name_any(),
-            id,
-            backend: repository.spec.backend.clone(),
-            encryption_secret: repository.spec.encryption.secret_ref.clone(),
-        },
+        repository: RepositoryAccess::new(repository.name_any(), id, repository.spec.clone()),
         operation: Operation::Maintain(MaintainOperation { patience_seconds: PATIENCE.as_secs() }),
         deadline: now.checked_add(TASK_LIMIT).unwrap_or(now),
     };

@@ -298,12 +298,7 @@ async fn order(
             block: pod.spec.iter().flat_map(|spec| &spec.containers).any(|one| one.volume_devices.is_some()),
         }),
         workload: None,
-        repository: RepositoryAccess {
-            name: pinned.name,
-            id: pinned.id,
-            backend: repository.spec.backend,
-            encryption_secret: repository.spec.encryption.secret_ref,
-        },
+        repository: RepositoryAccess::new(pinned.name, pinned.id, repository.spec),
         operation: Operation::Restore(RestoreOperation { snapshot: volume.snapshot.clone() }),
         deadline: Timestamp::now() + TASK_LIMIT,
     };

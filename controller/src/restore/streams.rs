@@ -207,12 +207,7 @@ async fn order(run: &Run, context: &Context, stream: &StreamRestoreStatus, spot:
         node: spot.node.clone(),
         volume: None,
         workload: Some(spot.workload.clone()),
-        repository: RepositoryAccess {
-            name: pinned.name,
-            id: pinned.id,
-            backend: object.spec.backend,
-            encryption_secret: object.spec.encryption.secret_ref,
-        },
+        repository: RepositoryAccess::new(pinned.name, pinned.id, object.spec),
         deadline: stream::deadline(&command, Timestamp::now()),
         operation: Operation::Feed(FeedOperation {
             snapshot: stream.snapshot.clone(),

@@ -46,8 +46,7 @@ pub async fn entries<E>(
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let session = SessionOptions { purpose: "backup".to_owned(), host: options.host.clone() };
-    let session = repository.begin(session).await?;
+    let session = repository.begin(options.session_options()).await?;
     entries_in(session, repository, files, options, progress).await
 }
 
@@ -148,7 +147,7 @@ pub async fn recovery_point(
     counts: Counts,
 ) -> Result<Snapshot, BackupError> {
     repository.find_all(&members).await.map_err(BackupError::Members)?;
-    let options = SessionOptions { purpose: "recovery point".to_owned(), host: String::new() };
+    let options = SessionOptions { purpose: "recovery point".to_owned(), ..SessionOptions::default() };
     let session = repository.begin(options).await?;
     let new = NewSnapshot {
         id: SnapshotId::random(),

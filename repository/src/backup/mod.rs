@@ -33,7 +33,7 @@ use crate::manifest::ManifestError;
 pub use crate::manifest::{Reason, Skipped};
 use crate::read::ReadError;
 use crate::repository::FindError;
-use crate::session::SessionError;
+use crate::session::{Compression, SessionError, SessionOptions};
 use crate::snapshot::Snapshot;
 
 pub use entries::{VirtualFile, entries, entries_in, recovery_point};
@@ -56,6 +56,15 @@ pub struct TreeBackup {
     pub one_file_system: bool,
     /// The machine; the kernel's host name when empty.
     pub host: String,
+    /// How hard data is compressed.
+    pub compression: Compression,
+}
+
+impl TreeBackup {
+    /// The session that it is made in.
+    fn session_options(&self) -> SessionOptions {
+        SessionOptions { purpose: "backup".to_owned(), host: self.host.clone(), compression: self.compression }
+    }
 }
 
 /// What a backup made.

@@ -21,7 +21,7 @@ use crate::id::SnapshotId;
 use crate::manifest::Manifest;
 use crate::progress::Progress;
 use crate::repository::Repository;
-use crate::session::{Session, SessionOptions};
+use crate::session::Session;
 use crate::sink::{ChunkRef, ChunkSink, ChunkSource};
 use crate::snapshot::{Content, NewSnapshot, WriteStats};
 use crate::walk::{WalkOptions, walk};
@@ -40,8 +40,7 @@ pub async fn tree(
     options: TreeBackup,
     progress: Arc<Progress>,
 ) -> Result<BackupReport, BackupError> {
-    let session = SessionOptions { purpose: "backup".to_owned(), host: options.host.clone() };
-    let session = repository.begin(session).await?;
+    let session = repository.begin(options.session_options()).await?;
     tree_in(session, repository, root, options, progress).await
 }
 
@@ -59,7 +58,7 @@ pub async fn tree_in(
         }
         let input = Input {
             sink: Arc::clone(&session) as Arc<dyn ChunkSink>,
-            source: repository.reader().map_err(BackupError::Reader)?,
+            source: repository.parent_reader(),
             chunker: chunk::chunker(&repository.config().chunker, session.chunker_key())?,
             parent: parent_root(&options)?,
             options: &options,

@@ -78,7 +78,7 @@ impl Run {
             return Ok(false);
         }
         let planned = plan.sources.len() as u64;
-        let options = SessionOptions { purpose: "repack".to_owned(), host: String::new() };
+        let options = SessionOptions { purpose: "repack".to_owned(), ..SessionOptions::default() };
         let session = self.repository.begin(options).await?;
         let moved = self.move_chunks(&session, view, plan).await;
         let moved = match moved {

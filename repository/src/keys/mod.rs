@@ -1,5 +1,6 @@
 //! The keys of a dedup domain, and the slots that hold them wrapped under a passphrase or a key file.
 
+mod opening;
 mod session;
 mod slot;
 mod slots;
@@ -7,6 +8,7 @@ mod slots;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+pub(crate) use opening::Slots;
 pub(crate) use session::{SessionKeys, session_key_object};
 pub(crate) use slot::{KEYS_PREFIX, MAX_SLOT_BYTES, Slot};
 pub use slot::{Role, SlotError, SlotKind};

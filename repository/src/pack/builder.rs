@@ -84,6 +84,10 @@ impl PackBuilder {
         slot
     }
 
+    pub(crate) fn kind(&self) -> PackKind {
+        self.kind
+    }
+
     /// Bytes so far.
     pub(crate) fn len(&self) -> usize {
         self.len

@@ -18,3 +18,4 @@ pub(crate) use layout::{
     DirectorySpan, MAX_PACK_BYTES, PACKS_PREFIX, PackKind, TARGET_PACK_BYTES, TRAILER_BYTES, pack_key, parse_header,
     parse_pack_key, verify_checksum,
 };
+pub use squeeze::Compression;

@@ -6,11 +6,51 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::CParameter;
 
 /// Contexts of each kind that are kept; more may be in use at a time.
 const KEPT: usize = 4;
 /// An output buffer that grew over this is not kept.
 const KEPT_BYTES: usize = 4 << 20;
+
+/// How hard data is compressed: by a level of zstd from 1 to 19, or 0: not at all. Manifests always are, by level 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compression(u8);
+
+impl Compression {
+    /// Fast, and on data that compresses at all nearly as good as higher levels.
+    pub const FAST: Self = Self(1);
+    const MOST: u8 = 19;
+
+    /// By this level; `None`: there is no such.
+    pub fn level(level: u8) -> Option<Self> {
+        (level <= Self::MOST).then_some(Self(level))
+    }
+
+    /// For zstd; `None`: it is not to be tried.
+    pub(crate) fn zstd_level(self) -> Option<i32> {
+        (self.0 > 0).then_some(i32::from(self.0))
+    }
+}
+
+impl Default for Compression {
+    fn default() -> Self {
+        Self::FAST
+    }
+}
+
+impl std::str::FromStr for Compression {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let level = text.parse().ok().and_then(Self::level);
+        level.ok_or_else(|| format!("write a level from 0 (none) to {}", Self::MOST))
+    }
+}
+
+/// Level 1 with a table of 128 KiB instead of 64, still within a core's own cache, and shorter matches: 5% fewer bytes of
+/// text and of database pages, for 1 to 8% more time (levels 2 and 3: 8% fewer, for 10 to 40% more).
+const FAST: (i32, [CParameter; 2]) = (1, [CParameter::HashLog(15), CParameter::MinMatch(6)]);
 
 struct Squeezer {
     level: i32,
@@ -36,7 +76,7 @@ fn keep<T>(kept: &Mutex<Vec<T>>, context: T) {
 pub(super) fn compress<T>(plain: &[u8], level: i32, with: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
     let mut squeezer = match take(&SQUEEZERS) {
         Some(squeezer) if squeezer.level == level => squeezer,
-        _ => Squeezer { level, compressor: Compressor::new(level)?, out: Vec::new() },
+        _ => Squeezer { level, compressor: compressor(level)?, out: Vec::new() },
     };
     squeezer.out.clear();
     squeezer.out.reserve(zstd::zstd_safe::compress_bound(plain.len()));
@@ -46,6 +86,16 @@ pub(super) fn compress<T>(plain: &[u8], level: i32, with: impl FnOnce(&[u8]) -> 
         keep(&SQUEEZERS, squeezer);
     }
     Ok(result)
+}
+
+fn compressor(level: i32) -> io::Result<Compressor<'static>> {
+    let mut compressor = Compressor::new(level)?;
+    if level == FAST.0 {
+        for parameter in FAST.1 {
+            compressor.set_parameter(parameter)?;
+        }
+    }
+    Ok(compressor)
 }
 
 /// Decompresses to at most `limit` bytes.

@@ -44,6 +44,8 @@ impl Located {
 #[derive(Debug)]
 pub struct Reader {
     engine: Arc<Engine>,
+    /// Whether frames may come from this machine's copies of packs.
+    by_cache: bool,
     /// How often loading the index began: it is only needed when a place is stale.
     loads: AtomicU64,
     /// The number of the last load that succeeded.
@@ -52,7 +54,17 @@ pub struct Reader {
 
 impl Reader {
     pub(crate) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, loads: AtomicU64::new(0), loaded: Mutex::default() }
+        Self::with(engine, false)
+    }
+
+    /// Reads frames from this machine's copies of packs where there are any. That the repository has the packs is seen all
+    /// the same, as their directories are read from there; that the frames are whole is not.
+    pub(crate) fn by_cache(engine: Arc<Engine>) -> Self {
+        Self::with(engine, true)
+    }
+
+    fn with(engine: Arc<Engine>, by_cache: bool) -> Self {
+        Self { engine, by_cache, loads: AtomicU64::new(0), loaded: Mutex::default() }
     }
 
     /// Whether data can be read, not only manifests.
@@ -124,8 +136,7 @@ impl Reader {
     async fn get_elsewhere(&self, chunk: ChunkRef) -> Result<Bytes, ReadError> {
         self.engine.directories.renew();
         let located = self.locate(&chunk).await?;
-        let start = u64::from(located.entry.offset);
-        let frame = self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await?;
+        let frame = self.fetch_frame(&located).await?;
         self.open(located, frame).await
     }
 
@@ -136,7 +147,17 @@ impl Reader {
         self.locate(chunk).await.ok().map(|located| located.place)
     }
 
+    async fn fetch_frame(&self, located: &Located) -> Result<Bytes, ReadError> {
+        let start = u64::from(located.entry.offset);
+        self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await
+    }
+
     async fn fetch(&self, pack: PackId, range: std::ops::Range<u64>) -> Result<Bytes, ReadError> {
+        if self.by_cache
+            && let Some(bytes) = self.engine.cache.pack_range(pack, &range)
+        {
+            return Ok(bytes);
+        }
         self.engine
             .store
             .get_range(&pack_key(pack), ByteRange::Bounded(range))
@@ -154,17 +175,20 @@ impl Reader {
         self.or_copy(located, opened).await
     }
 
-    /// What was opened, or instead of a damaged frame a copy of the chunk in another pack, if there is one.
+    /// What was opened, or instead of a damaged frame what the repository has, or a copy of the chunk in another pack.
     async fn or_copy(&self, located: Located, opened: Result<Bytes, ReadError>) -> Result<Bytes, ReadError> {
         let error = match opened {
             Err(error @ ReadError::DamagedChunk { .. }) => error,
             opened => return opened,
         };
-        let SlotEntry { expected, .. } = located.entry;
-        let chunk = ChunkRef { id: expected.id, len: expected.plain_len, place: located.place };
-        let Ok(copy) = self.locate_by_index(&chunk).await else { return Err(error) };
-        let start = u64::from(copy.entry.offset);
-        let frame = self.fetch(copy.place.pack, start..start + u64::from(copy.entry.len)).await?;
+        if self.by_cache
+            && self.engine.cache.forget(&pack_key(located.place.pack))
+            && let Ok(plain) = self.open_at(located, self.fetch_frame(&located).await?).await
+        {
+            return Ok(plain);
+        }
+        let Ok(copy) = self.locate_by_index(&located.chunk()).await else { return Err(error) };
+        let frame = self.fetch_frame(&copy).await?;
         self.open_at(copy, frame).await.map_err(|_| error)
     }
 
@@ -284,8 +308,7 @@ fn explain(pack: PackId, error: DirectoryError) -> ReadError {
 impl ChunkSource for Reader {
     async fn get(&self, chunk: &ChunkRef) -> Result<Bytes, ReadError> {
         let located = self.locate(chunk).await?;
-        let start = u64::from(located.entry.offset);
-        match self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await {
+        match self.fetch_frame(&located).await {
             Ok(frame) => self.open(located, frame).await,
             Err(error) if is_gone(&error) => self.get_elsewhere(*chunk).await,
             Err(error) => Err(error),

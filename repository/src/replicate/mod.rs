@@ -276,7 +276,7 @@ async fn in_session(
     progress: &Arc<Progress>,
 ) -> Result<Snapshot, ReplicateError> {
     let began = std::time::Instant::now();
-    let options = SessionOptions { purpose: "replicate".to_owned(), host: String::new() };
+    let options = SessionOptions { purpose: "replicate".to_owned(), ..SessionOptions::default() };
     let session = target.begin(options).await?;
     let work = async {
         if let Some((_, replica)) = base {

@@ -14,7 +14,7 @@ use crate::store::StoreError;
 /// Where heartbeats lie.
 pub(crate) const HEARTBEAT_PREFIX: &str = "hb/";
 /// How often a session shows that it lives.
-const HEARTBEAT: Duration = Duration::from_mins(1);
+pub(super) const HEARTBEAT: Duration = Duration::from_mins(1);
 /// The heartbeats that a session leaves lying; a mount may last for weeks.
 const KEPT: u64 = 10;
 /// No heartbeat is larger.

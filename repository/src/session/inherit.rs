@@ -21,7 +21,14 @@ impl Session {
     /// A parent that expired or whose references are damaged is no error: nothing is inherited, so that everything is
     /// read again. Must be called at most once; a second parent is not taken.
     pub async fn inherit_from(&self, parent: &Snapshot) -> Result<(), SessionError> {
-        let newest = match self.newest_refs(&[parent.id]).await {
+        let engine = &self.shared.engine;
+        // Whoever found the parent has just read the list of snapshots.
+        let newest = if engine.commits.references().contains_key(&parent.id) {
+            newest_refs(engine, &self.shared.mask, self.id(), &[parent.id]).await
+        } else {
+            self.newest_refs(&[parent.id]).await
+        };
+        let newest = match newest {
             Err(SessionError::Commits { source, .. }) if source.class() == ErrorClass::Damaged => {
                 warn!(session = %self.id(), error = %source, "nothing is inherited: everything is read again");
                 return Ok(());
@@ -32,7 +39,6 @@ impl Session {
             info!(session = %self.id(), parent = %parent.id, "the parent expired: everything is read again");
             return Ok(());
         };
-        let engine = &self.shared.engine;
         let movers = engine.commits.movers();
         match References::load(engine, parent.id, refs.version, &refs.hash, &movers).await {
             Ok(references) => {
@@ -52,8 +58,10 @@ impl Session {
         }
     }
 
-    /// As [`newest_refs`], for this session.
+    /// As [`newest_refs`], for this session, after reading the list of snapshots.
     pub(crate) async fn newest_refs(&self, wanted: &[SnapshotId]) -> Result<Vec<LiveRefs>, SessionError> {
+        let failed = |source| SessionError::Commits { session: self.id(), source: Arc::new(source) };
+        self.shared.engine.commits.refresh().await.map_err(failed)?;
         newest_refs(&self.shared.engine, &self.shared.mask, self.id(), wanted).await
     }
 }
@@ -61,15 +69,13 @@ impl Session {
 /// The references of these snapshots that a session with this mask may build on. Those that expired are left out.
 ///
 /// They are at least as new as those in force when the newest round was decided: what that round and earlier ones
-/// deleted is in none of them. Later rounds wait for the session.
+/// deleted is in none of them, however old the list of snapshots is that was read last. Later rounds wait for the session.
 pub(super) async fn newest_refs(
     engine: &Engine,
     mask: &Mask,
     session: SessionId,
     wanted: &[SnapshotId],
 ) -> Result<Vec<LiveRefs>, SessionError> {
-    let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
-    engine.commits.refresh().await.map_err(failed)?;
     let live = mask.live(engine).await.map_err(|error| marks_failed(session, error))?;
     let seen = engine.commits.references();
     let Some((round, live)) = live else {

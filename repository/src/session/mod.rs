@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+pub use crate::pack::Compression;
 pub(crate) use moves::MovedRefs;
 pub use pin::Pin;
 pub(crate) use pin::reader_refs;

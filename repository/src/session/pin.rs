@@ -81,9 +81,10 @@ impl Repository {
             }
             Err(error) => return Err(fail("store what it reads")(error)),
         }
-        let registration = register(&*engine.store, engine.config.lanes, session, crate::clock::now(), Some(hash))
-            .await
-            .map_err(|error| not_registered(session, error))?;
+        let registration =
+            register(&*engine.store, &engine.cache, engine.config.lanes, session, crate::clock::now(), Some(hash))
+                .await
+                .map_err(|error| not_registered(session, error))?;
         engine.directories.renew();
         let heartbeat = Some(tokio::spawn(beat(Arc::clone(&engine), session)));
         let pin = Pin { engine: Arc::clone(&engine), session, heartbeat };

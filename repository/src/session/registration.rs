@@ -1,14 +1,16 @@
 //! Registering a session in the first epoch that is not sealed: `e/<epoch>/<lane>/<slot>`; sealing an epoch; and the
 //! list of all who registered in one.
 //!
-//! Slots of a lane are taken in order by put-if-absent, so a SEAL closes the lane for good, and who registered before
-//! it can be told by reads alone. Listings only say where to begin; a stale one costs requests, never safety.
+//! Slots of a lane are taken in order by put-if-absent and never emptied, so a SEAL closes the lane for good, and who
+//! registered before it can be told by reads alone. Listings, and what this machine remembers of its last registration,
+//! only say where to begin; a stale one costs requests, never safety.
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use jiff::Timestamp;
 
 use super::decision::decision_key;
+use crate::cache::ObjectCache;
 use crate::expire::marks::{MARKS_PREFIX, condemned_key, exists, round_of};
 use crate::id::{SessionId, SnapshotId};
 use crate::keys::session_key_object;
@@ -22,6 +24,8 @@ const REGISTER_MAGIC: &[u8; 8] = b"LBREGI01";
 const PIN_MAGIC: &[u8; 8] = b"LBPINR01";
 const SEAL_MAGIC: &[u8; 8] = b"LBSEAL01";
 const MAX_SLOT_BYTES: u64 = 4096;
+/// Where the cache keeps this machine's last registration: the key of its slot, a space, and the session.
+const LAST: &str = "local/registered";
 /// Slots of a lane read at once.
 const PARALLEL_SLOTS: u64 = 16;
 
@@ -111,19 +115,28 @@ pub(crate) enum EpochError {
 /// A damaged slot is not passed over: it may have been the SEAL.
 pub(crate) async fn register(
     store: &dyn Store,
+    cache: &ObjectCache,
     lanes: u32,
     session: SessionId,
     now: Timestamp,
     pinned: Option<[u8; 32]>,
 ) -> Result<Registration, EpochError> {
-    let lane = u32::from_le_bytes([session.0[0], session.0[1], session.0[2], session.0[3]]) % lanes.max(1);
-    let epoch = newest_listed_round(store).await?;
-    let mut at = Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? };
     let record = Registered { session, since: now.as_millisecond(), pinned }.to_bytes();
+    let lane = u32::from_le_bytes([session.0[0], session.0[1], session.0[2], session.0[3]]) % lanes.max(1);
+    let mut at = match after_last(store, cache).await? {
+        Some(at) if store.put_if_absent(&at.key(), record.clone().into()).await?.is_ours() => {
+            return Ok(remember(cache, at, session));
+        }
+        // Others were faster, maybe many: not one after the other.
+        _ => {
+            let epoch = newest_listed_round(store).await?;
+            Registration { epoch, lane, slot: last_listed_slot(store, epoch, lane).await? }
+        }
+    };
     loop {
         let key = at.key();
         if store.put_if_absent(&key, record.clone().into()).await?.is_ours() {
-            return Ok(at);
+            return Ok(remember(cache, at, session));
         }
         at = match taken(store, key).await? {
             Slot::Seal => {
@@ -133,6 +146,24 @@ pub(crate) async fn register(
             Slot::Registered(_) => Registration { slot: at.slot + 1, ..at },
         };
     }
+}
+
+fn remember(cache: &ObjectCache, at: Registration, session: SessionId) -> Registration {
+    cache.put(LAST, &Bytes::from(format!("{} {session}", at.key())));
+    at
+}
+
+/// The slot after this machine's last registration, if that is in the store: it is not in one that was set back, where a
+/// registration behind a gap would be seen by nobody.
+async fn after_last(store: &dyn Store, cache: &ObjectCache) -> Result<Option<Registration>, EpochError> {
+    let Some(last) = cache.get_local(LAST).await else { return Ok(None) };
+    let parsed = std::str::from_utf8(&last).ok().and_then(|last| {
+        let (key, session) = last.split_once(' ')?;
+        Some((Registration::parse(key)?, session.parse::<SessionId>().ok()?))
+    });
+    let Some((at, session)) = parsed else { return Ok(None) };
+    let is_there = matches!(read_slot(store, at).await?, Some(Slot::Registered(found)) if found.session == session);
+    Ok(is_there.then_some(Registration { slot: at.slot + 1, ..at }))
 }
 
 /// The newest round of expiry that a listing shows: the epoch of this number is open, or a later one.
@@ -238,11 +269,14 @@ pub(crate) async fn fits_others(store: &dyn Store, key: &str, bytes: &[u8]) -> R
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+    use crate::store::faulty::{Fault, Faulty, Operation};
     use crate::store::memory::Memory;
 
     async fn take(store: &Memory, lanes: u32, session: SessionId) -> Registration {
-        register(store, lanes, session, Timestamp::UNIX_EPOCH, None).await.unwrap()
+        register(store, &ObjectCache::default(), lanes, session, Timestamp::UNIX_EPOCH, None).await.unwrap()
     }
 
     #[tokio::test]
@@ -269,7 +303,7 @@ mod tests {
         for number in 0..70u8 {
             let session = SessionId([number; 16]);
             let pinned = (number == 9).then_some([4; 32]);
-            register(&store, 3, session, Timestamp::UNIX_EPOCH, pinned).await.unwrap();
+            register(&store, &ObjectCache::default(), 3, session, Timestamp::UNIX_EPOCH, pinned).await.unwrap();
             sessions.push(session);
         }
         seal_epoch(&store, 3, 0).await.unwrap();
@@ -286,9 +320,48 @@ mod tests {
         let first = take(&store, 1, SessionId::random()).await;
         seal_epoch(&store, 1, 0).await.unwrap();
         store.overwrite(&Registration { slot: first.slot + 1, ..first }.key(), Bytes::from_static(b"LBSEAL00"));
-        let refused = register(&store, 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await;
+        let cache = ObjectCache::default();
+        let refused = register(&store, &cache, 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await;
         assert!(matches!(refused, Err(EpochError::Damaged { .. })), "{refused:?}");
         assert!(seal_epoch(&store, 1, 0).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_machine_goes_on_after_its_last_slot_without_a_listing_and_never_behind_a_gap() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = ObjectCache::new(Some(folder.path()), crate::id::RepositoryId::random());
+        let take = async |store: &dyn Store, lanes| {
+            register(store, &cache, lanes, SessionId::random(), Timestamp::UNIX_EPOCH, None).await.unwrap()
+        };
+        let store = Memory::new();
+        let first = take(&store, 4).await;
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let asked = Arc::clone(&requests);
+        let counting = Faulty::new(Arc::new(store.clone()), move |operation, _| {
+            asked.lock().unwrap().push(operation);
+            Fault::None
+        });
+        let second = take(&counting, 4).await;
+        assert_eq!(second, Registration { slot: 1, ..first });
+        assert_eq!(*requests.lock().unwrap(), [Operation::Get, Operation::Put]);
+        // Another machine, then a seal: what is remembered is no place to register.
+        register(&store, &ObjectCache::default(), 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await.unwrap();
+        seal_epoch(&store, 4, 0).await.unwrap();
+        let third = take(&store, 4).await;
+        assert_eq!((third.epoch, third.slot), (1, 0));
+        assert_eq!(take(&store, 4).await, Registration { slot: 1, ..third });
+        // The same repository from an older copy: its slots are free again from the first on.
+        let old = Memory::new();
+        assert_eq!(take(&old, 1).await, Registration { epoch: 0, lane: 0, slot: 0 });
+        assert_eq!(registered(&old, 1, 0).await.unwrap().len(), 1);
+        // A copy on which others went on: the slot is taken, but not by the session that is remembered.
+        let other = Memory::new();
+        register(&other, &ObjectCache::default(), 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await.unwrap();
+        seal_epoch(&other, 1, 0).await.unwrap();
+        assert_eq!(take(&other, 1).await, Registration { epoch: 1, lane: 0, slot: 0 });
+        // What is remembered is damaged.
+        cache.put(LAST, &Bytes::from_static(b"e/x"));
+        assert_eq!(take(&other, 1).await, Registration { epoch: 1, lane: 0, slot: 1 });
     }
 
     #[test]

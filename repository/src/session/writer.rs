@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::decision::{Commit, Decision, MAX_DECISION_BYTES, RefsetHash, decision_key};
-use super::heartbeat::beat;
+use super::heartbeat::{HEARTBEAT, beat};
 use super::mask::Mask;
 use super::references::References;
 use super::registration::{Registration, register};
@@ -20,7 +21,7 @@ use crate::error::{Classified, ErrorClass};
 use crate::id::{ChunkId, ChunkRef, PackId, Place, SessionId};
 use crate::index::{SEGMENT_ENTRIES, Segment, SegmentEntry, encode_segment, segment_key};
 use crate::keyring::{KeyRingError, SessionCiphers};
-use crate::pack::{Experience, PackBuilder, PackKind, SealedFrame, TARGET_PACK_BYTES, seal_frame};
+use crate::pack::{Compression, Experience, PackBuilder, PackKind, SealedFrame, TARGET_PACK_BYTES, seal_frame};
 use crate::refset::{Refset, refset_key};
 use crate::sink::{ChunkKind, MAX_CHUNK_BYTES};
 use crate::snapshot::{NewSnapshot, Snapshot};
@@ -33,8 +34,6 @@ const BUDGET_BYTES: usize = 2 * TARGET_PACK_BYTES + MAX_CHUNK_BYTES + PERMIT_BYT
 const PERMIT_BYTES: usize = 1 << 10;
 /// After this many packs an index segment is published, so that an aborted long session leaves little to do twice.
 const PACKS_PER_SEGMENT: u32 = 64;
-/// Fast, and on data that compresses at all nearly as good as higher levels.
-const ZSTD_LEVEL: i32 = 1;
 
 /// What a session is for.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +42,8 @@ pub struct SessionOptions {
     pub purpose: String,
     /// The machine; the kernel's host name when empty.
     pub host: String,
+    /// How hard data is compressed.
+    pub compression: Compression,
 }
 
 /// What a session did so far.
@@ -113,6 +114,7 @@ pub struct Session {
     pub(super) shared: Arc<Shared>,
     uploads: Mutex<JoinSet<()>>,
     heartbeat: tokio::task::JoinHandle<()>,
+    began: Instant,
     pub(super) saw: Vec<super::decision::SeenCommit>,
     pub(super) purpose: String,
     pub(super) epoch: u64,
@@ -128,6 +130,8 @@ pub(super) struct Shared {
     pub(super) mask: Mask,
     /// What may be inherited without looking it up.
     pub(super) parent: OnceLock<References>,
+    /// Set when the index was loaded, which is when it is first asked: a backup of what did not change needs none.
+    index: OnceCell<()>,
     ciphers: Arc<SessionCiphers>,
     /// Frames sealed under the data key and under the manifest key: the nonces.
     data_counter: AtomicU64,
@@ -139,6 +143,7 @@ pub(super) struct Shared {
     budget: Arc<Semaphore>,
     /// Frames that are compressed and sealed at once: as many as there are cores.
     sealers: Semaphore,
+    compression: Compression,
     /// Whether data compresses at all.
     experience: Arc<Experience>,
     pub(super) counters: Counters,
@@ -154,7 +159,7 @@ impl Session {
     /// Registers a session.
     pub(crate) async fn begin(engine: Arc<Engine>, options: SessionOptions) -> Result<Arc<Self>, SessionError> {
         let id = SessionId::random();
-        let registration = register(&*engine.store, engine.config.lanes, id, crate::clock::now(), None)
+        let registration = register(&*engine.store, &engine.cache, engine.config.lanes, id, crate::clock::now(), None)
             .await
             .map_err(|error| not_registered(id, error))?;
         match Self::begin_registered(Arc::clone(&engine), id, registration, options).await {
@@ -187,15 +192,15 @@ impl Session {
                 KeyRingError::Object { .. } => SessionError::Seal { session: id, what: "its keys" },
             })
         };
-        let index = async { engine.index.refresh().await.map_err(fail("load the index")) };
         let lost = async { engine.lost.refresh(&*engine.store).await.map_err(fail("load which chunks are lost")) };
-        let (mask, ciphers, (), ()) = tokio::try_join!(mask, ciphers, index, lost)?;
+        let (mask, ciphers, ()) = tokio::try_join!(mask, ciphers, lost)?;
         let saw = engine.commits.heads();
         debug!(session = %id, epoch, lane, slot, masked = mask.packs.len(), purpose = options.purpose, "session registered");
         let shared = Arc::new(Shared {
             id,
             mask,
             parent: OnceLock::new(),
+            index: OnceCell::new(),
             ciphers,
             data_counter: AtomicU64::new(0),
             metadata_counter: AtomicU64::new(0),
@@ -203,13 +208,16 @@ impl Session {
             next_segment: tokio::sync::Mutex::default(),
             budget: Arc::new(Semaphore::new(BUDGET_BYTES / PERMIT_BYTES)),
             sealers: Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+            compression: options.compression,
             experience: Arc::default(),
             counters: Counters::default(),
             engine,
         });
+        let began = Instant::now();
         let heartbeat = tokio::spawn(beat(Arc::clone(&shared.engine), id));
         let host = if options.host.is_empty() { crate::snapshot::this_host() } else { options.host };
-        Ok(Arc::new(Self { shared, uploads: Mutex::default(), heartbeat, saw, purpose: options.purpose, epoch, host }))
+        let (uploads, purpose) = (Mutex::default(), options.purpose);
+        Ok(Arc::new(Self { shared, uploads, heartbeat, began, saw, purpose, epoch, host }))
     }
 
     /// The session's name.
@@ -247,7 +255,7 @@ impl Session {
         }
         let mut uploads = std::mem::take(&mut *self.uploads.lock().unwrap_or_else(PoisonError::into_inner));
         while let Some(ended) = uploads.join_next().await {
-            ended.map_err(|error| SessionError::Worker { session: self.id(), what: error.to_string() })?;
+            ended.map_err(|error| self.shared.worker_failed(&error))?;
         }
         drop(self.shared.usable()?);
         self.shared.publish().await
@@ -269,10 +277,17 @@ impl Session {
     ///
     /// A failure leaves the session open: [`Self::abort`] it.
     pub async fn commit(self: Arc<Self>, snapshots: Vec<NewSnapshot>) -> Result<Vec<Snapshot>, SessionError> {
-        self.flush().await?;
+        // Nothing is decided before both are done.
+        let ((), refsets) = tokio::try_join!(self.flush(), self.put_refsets(&snapshots))?;
+        let snapshots: Vec<_> = snapshots.into_iter().map(|snapshot| snapshot.commit(self.id(), &self.host)).collect();
+        let (epoch, saw, purpose) = (self.epoch, self.saw.clone(), self.purpose.clone());
+        self.commit_as(Commit { epoch, snapshots, refsets, saw, purpose }).await
+    }
+
+    async fn put_refsets(&self, snapshots: &[NewSnapshot]) -> Result<Vec<RefsetHash>, SessionError> {
         let refs = std::mem::take(&mut self.shared.usable()?.refs);
         let mut refsets = Vec::new();
-        for snapshot in &snapshots {
+        for snapshot in snapshots {
             let bytes = refs
                 .to_bytes(snapshot.id, 0, self.id())
                 .map_err(|_| SessionError::Seal { session: self.id(), what: "a refset" })?;
@@ -282,9 +297,7 @@ impl Session {
             self.shared.put(&key, bytes.clone(), "store a refset").await?;
             self.shared.engine.cache.put(&key, &bytes);
         }
-        let snapshots: Vec<_> = snapshots.into_iter().map(|snapshot| snapshot.commit(self.id(), &self.host)).collect();
-        let (epoch, saw, purpose) = (self.epoch, self.saw.clone(), self.purpose.clone());
-        self.commit_as(Commit { epoch, snapshots, refsets, saw, purpose }).await
+        Ok(refsets)
     }
 
     /// Decides the session by this commit.
@@ -348,7 +361,10 @@ impl Session {
 
     async fn end_heartbeats(&self) {
         self.heartbeat.abort();
-        self.shared.engine.remove_heartbeats(self.id()).await;
+        // A short session has left none.
+        if self.began.elapsed() >= HEARTBEAT {
+            self.shared.engine.remove_heartbeats(self.id()).await;
+        }
     }
 }
 
@@ -372,6 +388,10 @@ impl Shared {
         self.lock().failed.get_or_insert(error);
     }
 
+    fn worker_failed(&self, error: &JoinError) -> SessionError {
+        SessionError::Worker { session: self.id, what: error.to_string() }
+    }
+
     async fn put(&self, key: &str, bytes: Bytes, act: &'static str) -> Result<(), SessionError> {
         let outcome = self.engine.store.put_if_absent(key, bytes.into()).await;
         match outcome {
@@ -385,10 +405,11 @@ impl Shared {
 
     pub(super) async fn upload(&self, pack: OpenPack) -> Result<(), SessionError> {
         let OpenPack { builder, permit } = pack;
+        let kind = builder.kind();
         let ciphers = Arc::clone(&self.ciphers);
         let sealed = tokio::task::spawn_blocking(move || builder.seal(&ciphers.structure))
             .await
-            .map_err(|error| SessionError::Worker { session: self.id, what: error.to_string() })?
+            .map_err(|error| self.worker_failed(&error))?
             .map_err(|_| SessionError::Seal { session: self.id, what: "a pack" })?;
         let bytes = sealed.payload.len();
         let key = crate::pack::pack_key(sealed.id);
@@ -401,6 +422,11 @@ impl Shared {
             }
         }
         self.counters.uploaded_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if kind == PackKind::Metadata {
+            let (cache, id, payload) = (self.engine.cache.clone(), sealed.id, sealed.payload.clone());
+            let keep = move || cache.put_pack(id, &payload);
+            tokio::task::spawn_blocking(keep).await.map_err(|error| self.worker_failed(&error))?;
+        }
         let is_due = {
             let mut writing = self.lock();
             let seq = sealed.id.seq;
@@ -467,9 +493,10 @@ impl Shared {
                 return Ok(Some(place));
             }
         }
-        let failed =
-            |source| SessionError::Store { session: self.id, act: "look up a chunk", source: Arc::new(source) };
-        for place in self.engine.index.find(id).await.map_err(failed)? {
+        let fail = |act| move |source| SessionError::Store { session: self.id, act, source: Arc::new(source) };
+        let load = async || self.engine.index.refresh().await.map_err(fail("load the index"));
+        self.index.get_or_try_init(load).await?;
+        for place in self.engine.index.find(id).await.map_err(fail("look up a chunk"))? {
             if self.mask.packs.contains(place.pack) {
                 continue;
             }
@@ -531,11 +558,15 @@ impl Shared {
             Arc::clone(&self.budget).acquire_many_owned(permits).await.map_err(|_| SessionError::Closed { session })?;
         let counter = self.count(kind)?;
         let ciphers = Arc::clone(&self.ciphers);
+        let compression = if kind.is_metadata() { Compression::FAST } else { self.compression };
         let experience = (!kind.is_metadata()).then(|| Arc::clone(&self.experience));
         let seal = move || {
             let fail = SessionError::Seal { session, what: "a chunk" };
             let Some(cipher) = ciphers.frame(kind) else { return Err(fail) };
-            let level = experience.as_ref().map_or(Some(ZSTD_LEVEL), |experience| experience.level(&plain, ZSTD_LEVEL));
+            let level = match (&experience, compression.zstd_level()) {
+                (Some(experience), Some(level)) => experience.level(&plain, level),
+                (_, level) => level,
+            };
             let frame = seal_frame(cipher, counter, kind, id, plain, level).map_err(|_| fail)?;
             if let Some(experience) = experience {
                 experience.note(frame.codec);
@@ -544,9 +575,7 @@ impl Shared {
         };
         // More at once would only take turns, each with a compression context of its own.
         let sealer = self.sealers.acquire().await.map_err(|_| SessionError::Closed { session })?;
-        let frame = tokio::task::spawn_blocking(seal)
-            .await
-            .map_err(|error| SessionError::Worker { session, what: error.to_string() })??;
+        let frame = tokio::task::spawn_blocking(seal).await.map_err(|error| self.worker_failed(&error))??;
         drop(sealer);
         // What compression saved goes back to the budget; the rest is held until the pack is uploaded.
         if let Some(saved) = permit.num_permits().checked_sub(frame.bytes.len() / PERMIT_BYTES + 1) {

@@ -34,7 +34,7 @@ use crate::chunk;
 use crate::manifest::{Contents, Entry, Kind, Manifest, Meta, Piece, PieceListWriter, Regular};
 use crate::progress::Progress;
 use crate::repository::Repository;
-use crate::session::{Session, SessionOptions};
+use crate::session::Session;
 use crate::sink::{ChunkKind, ChunkRef, ChunkSink, ChunkSource};
 use crate::snapshot::{Content, Snapshot};
 
@@ -165,8 +165,7 @@ pub async fn image(
     options: TreeBackup,
     progress: Arc<Progress>,
 ) -> Result<ImageReport, BackupError> {
-    let session = SessionOptions { purpose: "backup".to_owned(), host: options.host.clone() };
-    let session = repository.begin(session).await?;
+    let session = repository.begin(options.session_options()).await?;
     image_in(session, repository, device, (known, audit), options, progress).await
 }
 
@@ -189,7 +188,7 @@ pub async fn image_in(
         }
         let size = size_of(&device).map_err(|source| BackupError::ReadImage { offset: 0, source })?;
         progress.expect_bytes(size);
-        let source: Arc<dyn ChunkSource> = repository.reader().map_err(BackupError::Reader)?;
+        let source: Arc<dyn ChunkSource> = repository.parent_reader();
         let sink = Arc::clone(&session) as Arc<dyn ChunkSink>;
         let chunker = chunk::chunker(&repository.config().chunker, session.chunker_key())?;
         let context = Context::new(None, sink, Some(source), chunker, Arc::clone(&progress), Hooks::default());
