@@ -1,6 +1,7 @@
 """Makes the data sets of the benchmark, the same bytes on every machine. Writes nothing outside of its folder."""
 
 import functools
+import hashlib
 import itertools
 import os
 import random
@@ -8,12 +9,34 @@ from pathlib import Path
 
 PAGE = 8192
 MIB = 1 << 20
-# size name -> what each set is made of
+# size name -> what each set is made of: bytes, files, or both; of `daily` also how many versions, of `postgres` the scale of pgbench
 SIZES = {
-    "small": {"tree": (6 * MIB, 400), "small": 2_000, "image": 24 * MIB, "noise": 16 * MIB, "sparse": 256 * MIB},
-    "medium": {"tree": (160 * MIB, 11_000), "small": 50_000, "image": 256 * MIB, "noise": 512 * MIB, "sparse": 4096 * MIB},
-    "full": {"tree": (693 * MIB, 46_000), "small": 200_000, "image": 1536 * MIB, "noise": 2048 * MIB, "sparse": 16384 * MIB},
+    "small": {"tree": (6 * MIB, 400), "small": 2_000, "image": 24 * MIB, "noise": 16 * MIB, "sparse": 256 * MIB, "large": 20,
+              "daily": (2 * MIB, 200, 5), "postgres": 1},
+    "medium": {"tree": (160 * MIB, 11_000), "small": 50_000, "image": 256 * MIB, "noise": 512 * MIB, "sparse": 4096 * MIB, "large": 400,
+               "daily": (30 * MIB, 1_300, 15), "postgres": 8},
+    "full": {"tree": (693 * MIB, 46_000), "small": 200_000, "image": 1536 * MIB, "noise": 2048 * MIB, "sparse": 16384 * MIB, "large": 2_000,
+             "daily": (100 * MIB, 4_500, 30), "postgres": 28},
 }
+
+
+def described(size: str) -> list[str]:
+    """What each set is, for the page."""
+    plan = SIZES[size]
+    whole = lambda name: f"{plan[name] / MIB:,.0f} MiB"
+    return [
+        f"*tree*: {plan['tree'][0] / MIB:,.0f} MiB of text like source code in {plan['tree'][1]:,} files.",
+        f"*small*: {plan['small']:,} files of 50 to 3,000 bytes. *small changing*: the same, 5% of them new before each backup.",
+        f"*image*: {whole('image')} like those of a database. *pages*: the same, 1% of its pages of 8 KiB changed before each backup.",
+        f"*noise*: {whole('noise')} of random bytes.",
+        f"*sparse*: {whole('sparse')}, of which each 128th is data.",
+        f"*large*: {plan['large']:,} files of 1 MiB, half of each random bytes and half text; at size `full` a fifth of the 10,000 that are wanted, "
+        "for the disk's sake.",
+        f"*daily*: {plan['daily'][2]} versions of a tree of {plan['daily'][0] / MIB:,.0f} MiB in {plan['daily'][1]:,} files, a backup each: from "
+        "one to the next 2% of the files are edited, 1% appear, 1% go, and a log grows. Figures are of all these backups together.",
+        f"*postgres*: the data directory of a PostgreSQL that pgbench filled at scale {plan['postgres']}, as files, the server stopped; "
+        "then rows in about 1, 5 and 20% of the large table's pages are updated, which also writes to the write-ahead log.",
+    ]
 
 
 def lines(rng: random.Random) -> list[str]:
@@ -101,6 +124,36 @@ def change_image(root: Path, round_number: int) -> int:
     return len(chosen) * PAGE
 
 
+def pages(root: Path) -> set[bytes]:
+    """Sums of the different pages of all files, as each begins at a multiple of their size."""
+    found = set()
+    for path in root.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                found.update(hashlib.blake2b(piece, digest_size=16).digest() for piece in iter(lambda: file.read(PAGE), b""))
+    return found
+
+
+def change_daily(root: Path, day: int) -> None:
+    """Two of each hundred files are edited, one appears, one goes; and a log grows."""
+    rng = random.Random(300 + day)
+    stock = few_lines()
+    files = sorted(root.rglob("*.rs"))
+    part = max(1, len(files) // 100)
+    chosen = rng.sample(files, 4 * part)
+    some = lambda: "".join(rng.choices(stock, k=rng.randint(1, 9)))
+    for path in chosen[: 2 * part]:
+        text = path.read_text()
+        place = rng.randrange(len(text))
+        path.write_text(text[:place] + some() + text[place:])
+    for path in chosen[2 * part : 3 * part]:
+        path.with_name(f"{path.stem}-{day}.rs").write_text(f"// {day} {rng.random()}\n" + "".join(some() for _ in range(100)))
+    for path in chosen[3 * part :]:
+        path.unlink()
+    with (root / "log").open("a") as log:
+        log.writelines(f"{day} {rng.random()} {line}" for line in rng.choices(stock, k=len(files)))
+
+
 def noise(root: Path, size: int) -> None:
     rng = random.Random(4)
     root.mkdir()
@@ -119,6 +172,20 @@ def sparse(root: Path, size: int) -> None:
             out.write(rng.randbytes(MIB // 2))
 
 
+def large(root: Path, files: int) -> None:
+    """Files of 1 MiB: 64 KiB of random bytes and of text in turn."""
+    rng = random.Random(7)
+    stock = lines(rng)
+    piece, folder = 64 << 10, 100
+    for number in range(files):
+        path = root / f"{number // folder:03}" / f"{number % folder:02}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as out:
+            for _ in range(MIB // piece // 2):
+                text = "".join(rng.choices(stock, k=piece // 40))  # half as much again as is needed
+                out.write(rng.randbytes(piece) + text.encode()[:piece])
+
+
 def make(base: Path, size: str) -> dict[str, Path]:
     """The sets of this size below `base`, made unless they are there."""
     plan = SIZES[size]
@@ -128,6 +195,7 @@ def make(base: Path, size: str) -> dict[str, Path]:
         "image": lambda root: image(root, plan["image"]),
         "noise": lambda root: noise(root, plan["noise"]),
         "sparse": lambda root: sparse(root, plan["sparse"]),
+        "large": lambda root: large(root, plan["large"]),
     }
     base.mkdir(parents=True, exist_ok=True)
     made = {}

@@ -7,7 +7,8 @@
 
 CPU seconds are user and system time of the program and its children, memory is its largest resident set. Caches of the
 file system are warm. A restore is compared with its source, byte by byte. No time makes it fail: only a program that
-fails or restores something else does. `e2e/bin/with-programs` before it brings the S3 server.
+fails or restores something else does. `e2e/bin/with-programs` before it brings the S3 server; PostgreSQL is installed
+where there is none, as Debian's package.
 """
 
 import fcntl
@@ -65,7 +66,9 @@ def measure(bench: Bench, found: list[tools.Tool], sets: dict[str, Path], size: 
         for tool in found:
             steps.data_set(bench, tool, name, source)
         bench.drop(found, name)
-    changed = steps.changed_pages(bench, found, sets["image"])
+    steps.changed_pages(bench, found, sets["image"])
+    steps.database(bench, found, data.SIZES[size]["postgres"])
+    steps.daily(bench, found, *data.SIZES[size]["daily"])
     steps.expire(bench, found, sets["small"], snapshots)
     both = crowd.halves(own, bench.work)
     tallies = [tally for tool in found if (tally := crowd.crowd(bench, tool, sets["small"], both, seconds))]
@@ -74,7 +77,7 @@ def measure(bench: Bench, found: list[tools.Tool], sets: dict[str, Path], size: 
     else:
         steps.one_core(bench, found, own)
     s3.over_s3(bench, found, own)
-    return Results(size, bench.rows, tallies, changed, entries)
+    return Results(size, bench.rows, tallies, bench.changes, entries)
 
 
 def main() -> None:

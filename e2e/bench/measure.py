@@ -16,7 +16,7 @@ import tools
 # ext4 avoids inodes that were freed in the last minutes, and searches long for others: 200,000 files that one program
 # restored and that were removed made the next restore of anything take 45 CPU seconds more. So restored trees of many
 # files stay until the end.
-MANY_FILES = 1000
+MANY_FILES = 5000
 LAUNCH = Path(__file__).with_name("launch.py")
 
 
@@ -32,6 +32,17 @@ class Row:
     rss: float
     stored: float
     requests: int | None = None  # to the S3 server
+
+
+@dataclass
+class Change:
+    """What changed before one step or several of a data set: MiB of pages that were nowhere before, of so many in all."""
+
+    data_set: str
+    name: str
+    steps: list[str]
+    changed: float
+    whole: float
 
 
 @dataclass
@@ -88,25 +99,28 @@ class Bench:
     def __init__(self, work: Path):
         self.work = work
         self.rows: list[Row] = []
+        self.changes: list[Change] = []
         self.left_out: list[str] = []  # sentences about what was not measured
 
     def repo(self, tool: tools.Tool, name: str) -> Path:
         return self.work / f"{tool.name}-{name.replace(' ', '-').replace(',', '')}"
 
-    def measure(self, tool: tools.Tool, name: str, step: str, verb: str, folder: Path, where: Where = HERE, **values) -> None:
-        """Runs a verb on the repository of this data set; without a `step` nothing is noted."""
+    def measure(self, tool: tools.Tool, name: str, step: str, verb: str, folder: Path, where: Where = HERE, **values) -> Row | None:
+        """Runs a verb on the repository of this data set. Returns what it took; without a `step` it is not noted, either."""
         repo = self.repo(tool, name + where.name)
         commands = tool.commands(verb, repo=repo, **{"lineage": "bench", **values})
         if commands is None:
             self.left_out.append(f"{name}{where.name}, {step or verb}: {tool.name} cannot do it.")
-            return
+            return None
         stored = where.bucket / tool.name if where.bucket else repo
         size, requests = size_mib(stored), where.requests() if where.requests else 0
         taken = [run_well([*where.prefix, *one], tool.environment(repo), folder, self.work / "last.log") for one in commands]
+        cpu, wall, rss = (sum(one[0] for one in taken), sum(one[1] for one in taken), max(one[2] for one in taken))
+        row = Row(name + where.name, step, tool.name, cpu, wall, rss, size_mib(stored) - size,
+                  where.requests() - requests if where.requests else None)
         if step:
-            cpu, wall, rss = (sum(one[0] for one in taken), sum(one[1] for one in taken), max(one[2] for one in taken))
-            self.note(Row(name + where.name, step, tool.name, cpu, wall, rss, size_mib(stored) - size,
-                          where.requests() - requests if where.requests else None))
+            self.note(row)
+        return row
 
     def note(self, row: Row) -> None:
         self.rows.append(row)

@@ -5,8 +5,9 @@ import platform
 from html import escape
 from pathlib import Path
 
+import data
 import tools
-from measure import Row
+from measure import Change, Row
 from targets import Results, targets
 
 LOAD = " ".join(f"{load:.1f}" for load in os.getloadavg())
@@ -29,6 +30,11 @@ def line(row: Row) -> str:
     return f"| {row.data_set} | {row.step} | {row.tool} | {row.cpu:.2f} | {row.wall:.2f} | {row.rss:.0f} | {row.stored:.1f} |{requests}"
 
 
+def growth(change: Change, grown: dict[str, float]) -> list[str]:
+    return [f"| {change.data_set} | {change.name} | {change.whole:.0f} | {change.changed:.1f} | {tool} | {value:.1f} | {value / change.changed:.1f} |"
+            for tool, value in grown.items()]
+
+
 def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left_out: list[str], pictures: list[str]) -> str:
     """The page as Markdown; `pictures` are paths from where it lies."""
     text = ["# Benchmarks", "", f"Made by `make bench`, size `{results.size}`, on {machine()}; load average before: {LOAD}. "
@@ -36,10 +42,11 @@ def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left
             "CPU seconds count on a machine that others use too; wall times do not.", ""]
     text += [f"- {tool.name}: {tool.version()}; {tool.options}" for tool in found]
     text += [f"- {name}: absent ({reason})" for name, reason in absent.items()] + [""]
+    text += ["## Data", "", *(f"- {sentence}" for sentence in data.described(results.size)), ""]
     text += ["## What is wanted", "", "The ratio is ours by the best peer's. Most targets are for size `full`; `–` where they say nothing at this size.", ""]
     wanted = [target.line(results.size) for target in targets(results)]
     text += table("figure | lifeboat | best peer | ratio | target | met", [one for one in wanted if one])
-    text += ["## All figures", "", "Negative growth is space given back.", ""]
+    text += ["## All figures", "", "Negative growth is space given back. Before *rebuild index* the files of the index and the cache were removed: what is stored then is the index.", ""]
     steps = list(dict.fromkeys((row.data_set, row.step) for row in results.rows))
     rows = sorted(results.rows, key=lambda row: steps.index((row.data_set, row.step)))
     head = "data | step | program | CPU s | wall s | peak MiB | stored MiB"
@@ -47,10 +54,9 @@ def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left
     remote = [line(row) for row in rows if row.requests is not None]
     if remote:
         text += ["## An S3 server with 30 ms added to each round trip", "", *table(f"{head} | requests", remote)]
-    changed = results.changed
-    text += [f"## Growth when 1% of the 8 KiB pages change, several times ({changed:.1f} MiB really changed)", ""]
-    text += table("program | grown MiB | times what changed",
-                  [f"| {tool} | {grown:.1f} | {grown / changed:.1f} |" for tool, grown in results.grown().items()])
+    text += ["## Growth when pages of 8 KiB change", "", "Really changed are pages that were nowhere in the files before.", ""]
+    text += table("data | change | MiB in all | really changed MiB | program | grown MiB | times what changed",
+                  [row for change in results.changes for row in growth(change, results.grown(change))])
     text += ["## Many writers and deleters on one repository at once", "",
              "Each deleter takes all but the two newest backups off and reclaims, by settings that are safe beside backups (kopia and "
              "rustic then delete a day later). Then a backup alone, and one of as much other data while a deleter runs without a pause.", ""]
@@ -83,7 +89,7 @@ def picture(title: str, groups: dict[str, list[tuple[str, float]]]) -> str:
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """SVG by file name: one for each data set; peak memory; growth."""
+    """SVG by file name: one for each data set; peak memory; growth; the size of many versions."""
     drawn = {}
     for data_set in dict.fromkeys(row.data_set for row in results.rows):
         rows = [row for row in results.rows if row.data_set == data_set]
@@ -93,5 +99,8 @@ def pictures(results: Results) -> dict[str, str]:
             groups.setdefault(row.step, []).append((row.tool, row.wall if remote else row.cpu))
         drawn[data_set.replace(", ", "-").replace(" ", "-")] = picture(f"{data_set}: {'wall' if remote else 'CPU'} seconds", groups)
     drawn["memory"] = picture("Peak memory of any verb on any set", {"MiB": list(results.peak().items())})
-    drawn["growth"] = picture("Growth when 1% of the pages of an image change", {"MiB": list(results.grown().items())})
+    drawn["growth"] = picture("Growth when pages of 8 KiB change", {
+        f"{change.data_set}, {change.name}: {change.changed:.1f} MiB changed": list(results.grown(change).items()) for change in results.changes})
+    daily = [row for row in results.rows if row.data_set == "daily" and row.step.endswith("backups")]
+    drawn["versions"] = picture("Repository with daily versions of one tree", {f"MiB after {daily[0].step}": [(row.tool, row.stored) for row in daily]})
     return {f"{name}.svg": svg for name, svg in drawn.items()}

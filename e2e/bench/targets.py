@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 import floor
 from crowd import Tally
 from data import MIB
-from measure import Row
+from measure import Change, Row
 
 OURS = "lifeboat"
 
 
 @dataclass
 class Results:
-    """All that one run measured. `changed` is MiB of pages changed, `entries` counts files and folders of a data set."""
+    """All that one run measured. `entries` counts files and folders of a data set."""
 
     size: str
     rows: list[Row]
     tallies: list[Tally]
-    changed: float
+    changes: list[Change]
     entries: dict[str, int] = field(default_factory=dict)
 
     def each(self, data_set: str, step: str, what: Callable[[Row], float]) -> dict[str, float]:
@@ -27,9 +27,10 @@ class Results:
     def programs(self) -> list[str]:
         return list(dict.fromkeys(row.tool for row in self.rows if row.tool != floor.NAME))
 
-    def grown(self) -> dict[str, float]:
-        """MiB that the changed pages cost, by program."""
-        return {name: sum(row.stored for row in self.rows if row.tool == name and row.step.startswith("1%")) for name in self.programs()}
+    def grown(self, change: Change) -> dict[str, float]:
+        """MiB that what changed cost, by program."""
+        rows = [row for row in self.rows if row.data_set == change.data_set and row.step in change.steps]
+        return {name: sum(row.stored for row in rows if row.tool == name) for name in self.programs()}
 
     def peak(self) -> dict[str, float]:
         """The largest resident set of any step in MiB, by program."""
@@ -91,7 +92,8 @@ def targets(results: Results) -> list[Target]:
     best = min((value for tool, value in size.items() if tool not in (OURS, floor.NAME)), default=0)
     if best:
         lines.append(Target("repository size, *tree*, by the best peer", {tool: value / best for tool, value in size.items()}, 1.02, "×", always=True))
-    if results.changed:
-        grown = {tool: value / results.changed for tool, value in results.grown().items()}
-        lines.append(Target("growth by changed pages, *image*", grown, 2, "× what changed", always=True))
+    for change in results.changes:
+        if change.data_set == "pages":
+            grown = {tool: value / change.changed for tool, value in results.grown(change).items()}
+            lines.append(Target("growth by changed pages, *image*", grown, 2, "× what changed", always=True))
     return lines

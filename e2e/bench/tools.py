@@ -50,6 +50,8 @@ class Tool:
     prepare_expire: list[Command] = field(default_factory=list)  # rules of which backups stay, where `expire` does not say them
     s3_init: Command | None = None
     s3_env: dict[str, str] | None = None  # `{endpoint}` is HOST:PORT, `{bucket}` a bucket; None: it does not know S3
+    rebuild_index: Command | None = None  # makes it anew from what is stored
+    index: str = ""  # pattern of its files below the repository
 
     def version(self) -> str:
         done = subprocess.run([self.program, "--version" if self.name != "restic" else "version"],
@@ -86,7 +88,8 @@ def lifeboat(program: Path) -> Tool:
     return Tool("lifeboat", program, "defaults: AES-256-GCM, zstd 1", ["--quiet", "init"], backup, [*backup, "--force"],
                 restore, restore, [*restore, "--include", "{path}"], check, [*check, "--read-data"], expire, expire,
                 {"LIFEBOAT_REPOSITORY": "{repo}", "LIFEBOAT_PASSWORD": PASSWORD, "LIFEBOAT_CACHE_DIR": "{repo}.cache"},
-                s3_env={"LIFEBOAT_REPOSITORY": "s3://{bucket}/lifeboat?endpoint=http://{endpoint}&region=us-east-1"})
+                s3_env={"LIFEBOAT_REPOSITORY": "s3://{bucket}/lifeboat?endpoint=http://{endpoint}&region=us-east-1"},
+                rebuild_index=["--quiet", "rebuild-index"], index="x0/**/*")
 
 
 def restic(program: Path) -> Tool:
@@ -97,7 +100,8 @@ def restic(program: Path) -> Tool:
     return Tool("restic", program, "--read-concurrency 2, zstd by default", ["init", "--quiet"], backup, [*backup, "--force"],
                 restore, [*restore, "--sparse"], [*restore, "--include", "/{path}"], check, [*check, "--read-data"], expire, expire,
                 {"RESTIC_REPOSITORY": "{repo}", "RESTIC_PASSWORD": PASSWORD, "RESTIC_CACHE_DIR": "{repo}.cache"},
-                s3_env={"RESTIC_REPOSITORY": "s3:http://{endpoint}/{bucket}/restic"})
+                s3_env={"RESTIC_REPOSITORY": "s3:http://{endpoint}/{bucket}/restic"},
+                rebuild_index=["repair", "index", "--quiet", "--read-all-packs"], index="index/*")
 
 
 def borg(program: Path) -> Tool:
@@ -129,7 +133,8 @@ def kopia(program: Path) -> Tool:
                 [["policy", "set", "--global", "--compression", "zstd"]],
                 [["policy", "set", "--global", "--keep-latest", "{keep}", *none]],
                 ["repository", "create", "s3", "--bucket", "{bucket}", "--endpoint", "{endpoint}", "--disable-tls",
-                 "--region", "us-east-1", "--prefix", "kopia/"], {})
+                 "--region", "us-east-1", "--prefix", "kopia/"], {},
+                ["index", "recover", "--dangerous-commands", "enabled", "--parallel", "2", "--commit"], "x*/**/*.f")
 
 
 def rustic(program: Path) -> Tool:
@@ -142,24 +147,33 @@ def rustic(program: Path) -> Tool:
                 [[*forget, "--instant-delete"]], [forget],
                 {"RUSTIC_REPOSITORY": "{repo}", "RUSTIC_PASSWORD": PASSWORD, "RUSTIC_CACHE_DIR": "{repo}.cache"},
                 s3_env={"RUSTIC_REPOSITORY": "opendal:s3", "OPENDAL_BUCKET": "{bucket}", "OPENDAL_ROOT": "/rustic",
-                        "OPENDAL_ENDPOINT": "http://{endpoint}", "OPENDAL_REGION": "us-east-1"})
+                        "OPENDAL_ENDPOINT": "http://{endpoint}", "OPENDAL_REGION": "us-east-1"},
+                rebuild_index=["--no-progress", "repair", "index", "--read-all"], index="index/**/*")
+
+
+def debian(*packages: str) -> list[Command]:
+    """What installs Debian's packages that are missing."""
+    return [["apt-get", "-qq", "update"], ["apt-get", "-qq", "install", "-y", "--no-install-recommends", "--no-upgrade", *packages]]
+
+
+def attempt(steps: list[list], env: dict[str, str]) -> str:
+    """Runs commands until one fails. Returns the reason; nothing when none did."""
+    for step in steps:
+        done = subprocess.run([str(word) for word in step], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", **env},
+                              capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return ""
 
 
 def installed(cache: Path, name: str, steps: list[list]) -> tuple[Path | None, str]:
     """The program in the cache, else installed there by `steps`, else on PATH; or the reason why there is none."""
     program = cache / name / "bin" / name
-    failed = "not on PATH"
-    if not program.exists():
-        for step in steps:
-            env = {**os.environ, "GOBIN": str(program.parent)}
-            done = subprocess.run([str(word) for word in step], env=env, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                failed = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                break
+    failed = "" if program.exists() else attempt(steps, {"GOBIN": str(program.parent)})
     if program.exists():
         return program, ""
     found = shutil.which(name)
-    return (Path(found), "") if found else (None, failed)
+    return (Path(found), "") if found else (None, failed or "not on PATH")
 
 
 def peers(cache: Path) -> tuple[list[Tool], dict[str, str]]:
@@ -167,8 +181,8 @@ def peers(cache: Path) -> tuple[list[Tool], dict[str, str]]:
     venv = cache / "borg"
     wanted = {
         "restic": (restic, [["go", "install", f"github.com/restic/restic/cmd/restic@{RESTIC}"]]),
-        "borg": (borg, [["apt-get", "-qq", "update"], ["apt-get", "-qq", "install", "-y", "--no-install-recommends", "--no-upgrade", *BORG_NEEDS],
-                         ["python3", "-m", "venv", venv], [venv / "bin" / "pip", "install", "--quiet", f"borgbackup=={BORG}"]]),
+        "borg": (borg, [*debian(*BORG_NEEDS), ["python3", "-m", "venv", venv],
+                         [venv / "bin" / "pip", "install", "--quiet", f"borgbackup=={BORG}"]]),
         "kopia": (kopia, [["sh", "-c", GO_BUILD, "sh", cache / "kopia", "github.com/kopia/kopia", KOPIA]]),
         "rustic": (rustic, [["cargo", "install", "--quiet", "--locked", "--root", cache / "rustic", f"rustic-rs@{RUSTIC}"]]),
     }
