@@ -1,9 +1,11 @@
 //! Pack directories, fetched by one small read each and kept within a budget.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use quick_cache::{Weighter, sync::Cache};
 use thiserror::Error;
 
@@ -114,13 +116,22 @@ impl Directories {
         let span = DirectorySpan::parse(&tail)?;
         let len = span.len as usize;
         let at = tail.len().checked_sub(crate::pack::TRAILER_BYTES + len);
-        let directory = if let Some(at) = at {
+        let mut directory = if let Some(at) = at {
             Directory::open(pack, span, &tail[at..at + len], &keys.structure)?
         } else {
             let range = u64::from(span.offset)..u64::from(span.offset) + u64::from(span.len);
             let sealed = self.store.get_range(&key, ByteRange::Bounded(range)).await?;
             Directory::open(pack, span, &sealed, &keys.structure)?
         };
+        directory.pack = (tail.len() as u64 != TAIL_BYTES).then_some(tail);
         Ok(Arc::new(directory))
+    }
+
+    /// These bytes of a pack that came along with its directory.
+    pub(crate) fn pack_range(&self, pack: PackId, range: &Range<u64>) -> Option<Bytes> {
+        let directory = self.cache.get(&(self.renewals.load(Ordering::SeqCst), pack))?;
+        let whole = directory.pack.as_ref()?;
+        let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
+        (start <= end && end <= whole.len()).then(|| whole.slice(start..end))
     }
 }

@@ -153,9 +153,8 @@ impl Reader {
     }
 
     async fn fetch(&self, pack: PackId, range: std::ops::Range<u64>) -> Result<Bytes, ReadError> {
-        if self.by_cache
-            && let Some(bytes) = self.engine.cache.pack_range(pack, &range)
-        {
+        let cached = || self.by_cache.then(|| self.engine.cache.pack_range(pack, &range)).flatten();
+        if let Some(bytes) = self.engine.directories.pack_range(pack, &range).or_else(cached) {
             return Ok(bytes);
         }
         self.engine

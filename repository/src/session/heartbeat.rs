@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use futures::TryStreamExt;
 use jiff::Timestamp;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::engine::Engine;
@@ -14,14 +16,50 @@ use crate::store::StoreError;
 /// Where heartbeats lie.
 pub(crate) const HEARTBEAT_PREFIX: &str = "hb/";
 /// How often a session shows that it lives.
-pub(super) const HEARTBEAT: Duration = Duration::from_mins(1);
+const HEARTBEAT: Duration = Duration::from_mins(1);
 /// The heartbeats that a session leaves lying; a mount may last for weeks.
 const KEPT: u64 = 10;
 /// No heartbeat is larger.
 const MAX_BEAT_BYTES: u64 = 256;
 
+/// The heart of a session of this process; it stops when this is dropped.
+#[derive(Debug)]
+pub(super) struct Heart {
+    engine: Arc<Engine>,
+    session: SessionId,
+    began: Instant,
+    beating: JoinHandle<()>,
+}
+
+impl Heart {
+    pub(super) fn begin(engine: Arc<Engine>, session: SessionId) -> Self {
+        let began = Instant::now();
+        let beating = tokio::spawn(beat(Arc::clone(&engine), session));
+        Self { engine, session, began, beating }
+    }
+
+    pub(super) fn stop(&self) {
+        self.beating.abort();
+    }
+
+    /// Stops, and removes what it left.
+    pub(super) async fn end(&self) {
+        self.stop();
+        // A short session has left nothing.
+        if self.began.elapsed() >= HEARTBEAT {
+            self.engine.remove_heartbeats(self.session).await;
+        }
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 /// Shows that the session lives, until it is stopped. Failures are harmless.
-pub(super) async fn beat(engine: Arc<Engine>, session: SessionId) {
+async fn beat(engine: Arc<Engine>, session: SessionId) {
     for number in 0u64.. {
         tokio::time::sleep(HEARTBEAT).await;
         let key = |number: u64| format!("{HEARTBEAT_PREFIX}{session}/{number:08}");

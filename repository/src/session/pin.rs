@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::{debug, info, warn};
 
 use super::decision::{Decision, decision_key};
-use super::heartbeat::beat;
+use super::heartbeat::Heart;
 use super::inherit::newest_refs;
 use super::mask::Mask;
 use super::references::{ReferencesError, refset};
@@ -26,15 +26,7 @@ use crate::store::StoreError;
 pub struct Pin {
     engine: Arc<Engine>,
     session: SessionId,
-    heartbeat: Option<tokio::task::JoinHandle<()>>,
-}
-
-impl Drop for Pin {
-    fn drop(&mut self) {
-        if let Some(heartbeat) = self.heartbeat.take() {
-            heartbeat.abort();
-        }
-    }
+    heart: Heart,
 }
 
 /// The name under which a reader's references lie: `r/<session>/0`.
@@ -52,7 +44,9 @@ impl Repository {
         let session = SessionId::random();
         let fail = |act| move |source: StoreError| SessionError::Store { session, act, source: Arc::new(source) };
         let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
-        match engine.commits.refresh().await {
+        // Whoever found the snapshot has just read the list of them.
+        let is_known = engine.commits.references().contains_key(&snapshot.id);
+        match if is_known { Ok(()) } else { engine.commits.refresh().await } {
             Ok(()) => {}
             Err(error @ CommitLogError::Damaged { .. }) => {
                 warn!(%error, "a read without a pin: nothing expires before this is healed");
@@ -86,8 +80,8 @@ impl Repository {
                 .await
                 .map_err(|error| not_registered(session, error))?;
         engine.directories.renew();
-        let heartbeat = Some(tokio::spawn(beat(Arc::clone(&engine), session)));
-        let pin = Pin { engine: Arc::clone(&engine), session, heartbeat };
+        let heart = Heart::begin(Arc::clone(&engine), session);
+        let pin = Pin { engine: Arc::clone(&engine), session, heart };
         let mask = Mask::load(&engine, registration.epoch).await.map_err(|error| marks_failed(session, error))?;
         // As a writer may not refer to what a round deletes that does not know of it, a reader cannot keep it.
         let is_newest = newest_refs(&engine, &mask, session, &[snapshot.id]).await?.first() == Some(&refs);
@@ -121,16 +115,14 @@ impl Pin {
     }
 
     /// Ends the pin. A failure is harmless: expiry ends it when the reader has been silent for long enough.
-    pub async fn release(mut self) {
-        if let Some(heartbeat) = self.heartbeat.take() {
-            heartbeat.abort();
-        }
+    pub async fn release(self) {
+        self.heart.stop();
         let bytes = Decision::abort_bytes(self.session, "the reader is done");
         if let Err(error) = self.engine.store.put_if_absent(&decision_key(self.session), bytes.into()).await {
             debug!(session = %self.session, %error, "a pin was not released");
             return;
         }
-        self.engine.remove_heartbeats(self.session).await;
+        self.heart.end().await;
         if let Err(error) = self.engine.store.delete(&refset_key(reader_refs(self.session), 0)).await {
             debug!(session = %self.session, %error, "what a reader read was not removed");
         }

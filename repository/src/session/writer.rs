@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::decision::{Commit, Decision, MAX_DECISION_BYTES, RefsetHash, decision_key};
-use super::heartbeat::{HEARTBEAT, beat};
+use super::heartbeat::Heart;
 use super::mask::Mask;
 use super::references::References;
 use super::registration::{Registration, register};
@@ -113,8 +112,7 @@ impl Writing {
 pub struct Session {
     pub(super) shared: Arc<Shared>,
     uploads: Mutex<JoinSet<()>>,
-    heartbeat: tokio::task::JoinHandle<()>,
-    began: Instant,
+    heart: Heart,
     pub(super) saw: Vec<super::decision::SeenCommit>,
     pub(super) purpose: String,
     pub(super) epoch: u64,
@@ -147,12 +145,6 @@ pub(super) struct Shared {
     /// Whether data compresses at all.
     experience: Arc<Experience>,
     pub(super) counters: Counters,
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.heartbeat.abort();
-    }
 }
 
 impl Session {
@@ -213,11 +205,10 @@ impl Session {
             counters: Counters::default(),
             engine,
         });
-        let began = Instant::now();
-        let heartbeat = tokio::spawn(beat(Arc::clone(&shared.engine), id));
+        let heart = Heart::begin(Arc::clone(&shared.engine), id);
         let host = if options.host.is_empty() { crate::snapshot::this_host() } else { options.host };
         let (uploads, purpose) = (Mutex::default(), options.purpose);
-        Ok(Arc::new(Self { shared, uploads, heartbeat, began, saw, purpose, epoch, host }))
+        Ok(Arc::new(Self { shared, uploads, heart, saw, purpose, epoch, host }))
     }
 
     /// The session's name.
@@ -309,7 +300,7 @@ impl Session {
         self.decide(bytes.clone(), "commit").await?;
         self.shared.lock().closed = true;
         self.shared.engine.commits.add_own(self.id(), &bytes, &commit);
-        self.end_heartbeats().await;
+        self.heart.end().await;
         info!(session = %self.id(), snapshots = commit.snapshots.len(), "committed");
         Ok(commit.snapshots)
     }
@@ -326,7 +317,7 @@ impl Session {
             debug!(session = %self.id(), %error, "the index of an aborted session was not published");
         }
         self.decide(Decision::abort_bytes(self.id(), reason).into(), "abort").await?;
-        self.end_heartbeats().await;
+        self.heart.end().await;
         info!(session = %self.id(), reason, "aborted");
         Ok(())
     }
@@ -357,14 +348,6 @@ impl Session {
             self.shared.refer(place);
             ChunkRef { id, len, place }
         }))
-    }
-
-    async fn end_heartbeats(&self) {
-        self.heartbeat.abort();
-        // A short session has left none.
-        if self.began.elapsed() >= HEARTBEAT {
-            self.shared.engine.remove_heartbeats(self.id()).await;
-        }
     }
 }
 
