@@ -23,6 +23,9 @@ use crate::outcome::Failure;
 /// Between audits about one in so many parts of 256 KiB is read although the list leaves it out.
 const SAMPLE_ONE_IN: u64 = 2048;
 
+/// Why nothing is known of a device before it is read, of which no snapshot was made.
+const LIVE: &str = "it is read while its pod has it, and storages list blocks of snapshots only";
+
 /// Tags of the snapshots of block devices: which state of which volume they show.
 mod tags {
     pub(super) const DRIVER: &str = "csi-driver";
@@ -164,7 +167,7 @@ pub(crate) async fn back_up(
             }
             chosen
         }
-        None => Chosen::nothing(BlockRead::default()),
+        None => Chosen::nothing(BlockRead { reason: Some(LIVE.to_owned()), ..BlockRead::default() }),
     };
     info!(by = ?chosen.read.by, reason = chosen.read.reason, listed = chosen.read.listed_bytes, size, "reading a block device");
     let Chosen { known, audit, read, .. } = chosen;

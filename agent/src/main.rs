@@ -27,7 +27,7 @@ use lifeboat_process::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
-/// Where agent and guardian of a node meet for streams: in a folder that only their pod has.
+/// Where agent and guardian of a node meet: in a folder that only their pod has.
 pub(crate) const STREAMS_SOCKET: &str = "/streams/guardian.sock";
 
 /// Moves data between the volumes of one node and repositories.
@@ -46,10 +46,8 @@ enum Command {
     Guard(guardian::GuardOptions),
     /// Prints the steps that a task takes, as the log has them at the level `debug`.
     Steps,
-    /// Does nothing until it is told to end: keeps a volume mounted that is being restored.
+    /// Does nothing until it is told to end: keeps a volume mounted that is being read or restored.
     Hold,
-    /// Lends the block device of its pod to the agent of its node.
-    Lend(device::LendOptions),
 }
 
 #[derive(Debug, Args)]
@@ -72,7 +70,7 @@ struct RunOptions {
     /// Where small objects of repositories are kept between tasks.
     #[arg(long, env = "LIFEBOAT_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
-    /// Where the guardian of this node runs the commands of streams.
+    /// Where the guardian of this node runs the commands of streams and opens block devices.
     #[arg(long, default_value = STREAMS_SOCKET)]
     streams_socket: PathBuf,
     /// Tasks done at once.
@@ -100,7 +98,6 @@ fn main() -> Result<()> {
             Command::Guard(options) => guardian::run(options).await,
             Command::Steps => print_steps(),
             Command::Hold => until_told_to_end().await,
-            Command::Lend(options) => device::run(options).await,
         }
     })
 }

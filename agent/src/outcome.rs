@@ -51,11 +51,9 @@ impl From<VolumeError> for Failure {
         let reason = match &error {
             VolumeError::PodGone { .. } | VolumeError::NotMounted { .. } => Reason::PodVanished,
             VolumeError::Block { .. } => Reason::VolumeUnsupported,
-            VolumeError::Look { .. } | VolumeError::Borrow { .. } => Reason::ReadFailed,
+            VolumeError::Look { .. } => Reason::ReadFailed,
         };
-        // The pod may have begun to run a moment ago.
-        let may_pass = matches!(error, VolumeError::Borrow { .. });
-        Self { may_pass, ..Self::new(reason, chain(&error)) }
+        Self::new(reason, chain(&error))
     }
 }
 

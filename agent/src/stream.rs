@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use lifeboat_crds::VolumeTask;
@@ -20,16 +20,11 @@ use lifeboat_repository::session::Session;
 use lifeboat_repository::snapshot::Snapshot;
 use lifeboat_repository::tree;
 use tokio::net::UnixStream;
-use tokio::time::sleep;
 
 use crate::outcome::Failure;
 use crate::report::Reporter;
 use crate::task::{enter, stopped};
-use crate::wire::{self, Ask, End, Frame, How};
-
-/// A guardian that was restarted listens again within this time.
-const PATIENCE: Duration = Duration::from_secs(20);
-const AGAIN: Duration = Duration::from_millis(500);
+use crate::wire::{self, End, Frame, How};
 
 impl From<End> for Failure {
     fn from(end: End) -> Self {
@@ -51,20 +46,10 @@ fn lost(error: Option<&io::Error>) -> Failure {
 
 /// Asks the guardian to run the task's command, and waits until it runs.
 async fn start(socket: &Path, task: &VolumeTask) -> Result<UnixStream, Failure> {
-    let began = Instant::now();
-    let mut guardian = loop {
-        match UnixStream::connect(socket).await {
-            Ok(guardian) => break guardian,
-            Err(_) if began.elapsed() < PATIENCE => sleep(AGAIN).await,
-            Err(error) => {
-                let message = format!("the guardian of the node, which runs commands, does not listen: {error}");
-                return Err(Failure { may_pass: true, ..Failure::new(Reason::StreamFailed, message) });
-            }
-        }
-    };
-    let name = |name: &Option<String>| name.clone().unwrap_or_default();
-    let ask = Ask { task: name(&task.metadata.name), uid: name(&task.metadata.uid) };
-    wire::say(&mut guardian, &Frame::Ask(ask)).await.map_err(|error| lost(Some(&error)))?;
+    let mut guardian = wire::ask(socket, task).await.map_err(|error| {
+        let message = format!("the guardian of the node, which runs commands, does not listen: {error}");
+        Failure { may_pass: true, ..Failure::new(Reason::StreamFailed, message) }
+    })?;
     match wire::hear(&mut guardian).await {
         Ok(Some(Frame::Started)) => Ok(guardian),
         Ok(Some(Frame::End(end))) => Err(end.into()),
@@ -191,6 +176,7 @@ async fn give(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::Ask;
     use lifeboat_repository::keys::Secret;
     use lifeboat_repository::repository::InitOptions;
     use lifeboat_repository::session::SessionOptions;

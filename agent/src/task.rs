@@ -22,6 +22,7 @@ use lifeboat_repository::session::{Compression, Session, SessionOptions};
 use lifeboat_repository::snapshot::Snapshot;
 use tracing::{Instrument, debug, info, info_span, warn};
 
+use crate::device;
 use crate::image;
 use crate::lists::Lister;
 use crate::maintain;
@@ -57,7 +58,7 @@ pub(crate) struct Worker {
     pub(crate) agent: String,
     pub(crate) node: String,
     pub(crate) kubelet_dir: PathBuf,
-    /// Where the guardian of this node runs commands.
+    /// Where the guardian of this node runs commands and opens block devices.
     pub(crate) streams_socket: PathBuf,
     pub(crate) metrics: Metrics,
 }
@@ -160,14 +161,7 @@ impl Worker {
         let Some((volume, mounted)) = found else {
             return self.without_volume(&repository, task, left, reporter, progress).await;
         };
-        let device = if mounted.is_block {
-            let (mounted, pod) = (mounted.clone(), volume.pod.clone());
-            let borrowed = tokio::task::spawn_blocking(move || mounted.borrow(&pod)).await;
-            let ended = |error| Failure::new(Reason::InternalError, format!("a worker ended: {error}"));
-            Some(borrowed.map_err(ended)??)
-        } else {
-            None
-        };
+        let device = if mounted.is_block { Some(device::borrow(&self.streams_socket, task).await?) } else { None };
         let work = async {
             match &spec.operation {
                 Operation::Backup(operation) => {

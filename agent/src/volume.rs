@@ -2,14 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use lifeboat_crds::volume_task::MountedVolume;
 use thiserror::Error;
-
-use crate::device;
 
 /// A volume that is not where it should be.
 #[derive(Debug, Error)]
@@ -22,8 +19,6 @@ pub(crate) enum VolumeError {
     NotMounted { pod: String, volume: String },
     #[error("the volume {volume} is a raw block device, and the task is for a file system")]
     Block { volume: String },
-    #[error("the pod {pod} does not lend its device")]
-    Borrow { pod: String, source: io::Error },
     #[error("cannot look at {path}")]
     Look { path: String, source: io::Error },
 }
@@ -34,8 +29,6 @@ pub(crate) struct Mounted {
     /// Of a block device the link that kubelet makes for it.
     pub(crate) path: PathBuf,
     pub(crate) is_block: bool,
-    /// Kubelet's directory of the pod.
-    pub(crate) pod: PathBuf,
     device: u64,
     inode: u64,
 }
@@ -46,11 +39,6 @@ impl Mounted {
         // A block device's link leads out of what the agent sees.
         let found = if self.is_block { fs::symlink_metadata(&self.path) } else { fs::metadata(&self.path) };
         found.is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode)
-    }
-
-    /// Borrows the block device from the pod that has it. Blocking.
-    pub(crate) fn borrow(&self, pod: &str) -> Result<OwnedFd, VolumeError> {
-        device::borrow(&self.pod).map_err(|source| VolumeError::Borrow { pod: pod.to_owned(), source })
     }
 }
 
@@ -89,7 +77,7 @@ pub(crate) fn find(kubelet: &Path, wanted: &MountedVolume) -> Result<Mounted, Vo
         match found {
             Ok(found) if wanted.block || found.is_dir() => {
                 let (device, inode) = (found.dev(), found.ino());
-                return Ok(Mounted { path, is_block: wanted.block, pod, device, inode });
+                return Ok(Mounted { path, is_block: wanted.block, device, inode });
             }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -143,7 +131,6 @@ mod tests {
         assert!(matches!(find(kubelet.path(), &wanted("pv1")), Err(VolumeError::Block { .. })));
         let found = find(kubelet.path(), &MountedVolume { block: true, ..wanted("pv1") }).unwrap();
         assert!(found.is_block && found.is_still_there());
-        assert!(matches!(found.borrow("db-0"), Err(VolumeError::Borrow { .. })), "nobody lends");
         fs::remove_file(devices.join("pv1")).unwrap();
         assert!(!found.is_still_there());
         for name in ["..", "../../etc", "", "a/b"] {

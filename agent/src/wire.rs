@@ -1,19 +1,35 @@
-//! What agent and guardian of a node say to each other about a stream, over a socket that only they see.
+//! What agent and guardian of a node say to each other, over a socket that only they see.
 //!
-//! The agent asks for what a task says, and hears that the command runs, what it prints, and how it ended; or it sends what
-//! the command is to read. A connection that ends before the guardian's last word means that nothing is known: for a dump,
-//! that it is worthless.
+//! The agent asks for what a task says. If that is a stream, it hears that the command runs, what it prints, and how it ended; or it
+//! sends what the command is to read. If it is a block device, it is handed the open device, or hears why not. A connection
+//! that ends before the guardian's last word means that nothing is known: for a dump, that it is worthless.
 
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
+use lifeboat_crds::VolumeTask;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::time::sleep;
 
 /// Bytes of data that one frame carries at most.
 pub(crate) const PART: usize = 256 << 10;
 /// No frame is longer.
 const LONGEST: u32 = 1 << 20;
+/// Bytes of a frame's kind and length.
+const HEAD: usize = 5;
+/// A guardian that was restarted listens again within this time.
+const PATIENCE: Duration = Duration::from_secs(20);
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// The kinds of frames.
 mod kind {
@@ -22,24 +38,26 @@ mod kind {
     pub(super) const DATA: u8 = 3;
     pub(super) const INPUT_ENDS: u8 = 4;
     pub(super) const END: u8 = 5;
+    /// Comes with the open device.
+    pub(super) const DEVICE: u8 = 6;
 }
 
-/// The task whose command is to run.
+/// The task whose command is to run, or whose device is to be opened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ask {
     pub(crate) task: String,
     pub(crate) uid: String,
 }
 
-/// How a command ended, in kinds that the agent tells apart.
+/// How a command ended, or why a device is not handed over, in kinds that the agent tells apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum How {
     /// With exit code 0, and all of its output was sent.
     Done,
-    /// Badly, or it could not be run.
+    /// Badly, or it could not be run or opened.
     Failed,
     TimedOut,
-    /// The container is not there, or went while it ran.
+    /// The container or the device is not there, or went while the command ran.
     Gone,
     /// Something is in the way that may pass.
     Trouble,
@@ -69,6 +87,68 @@ pub(crate) enum Frame {
     End(End),
 }
 
+/// Connects to the guardian as soon as it listens, and asks it for what this task says.
+pub(crate) async fn ask(socket: &Path, task: &VolumeTask) -> io::Result<UnixStream> {
+    let began = Instant::now();
+    let mut guardian = loop {
+        match UnixStream::connect(socket).await {
+            Ok(guardian) => break guardian,
+            Err(_) if began.elapsed() < PATIENCE => sleep(AGAIN).await,
+            Err(error) => return Err(error),
+        }
+    };
+    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+    let ask = Ask { task: name(&task.metadata.name), uid: name(&task.metadata.uid) };
+    say(&mut guardian, &Frame::Ask(ask)).await?;
+    Ok(guardian)
+}
+
+/// Hands an open device over.
+pub(crate) async fn hand_over(to: &UnixStream, device: BorrowedFd<'_>) -> io::Result<()> {
+    to.async_io(Interest::WRITABLE, || {
+        let devices = [device];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&devices));
+        let head = [kind::DEVICE, 0, 0, 0, 0];
+        sendmsg(to, &[IoSlice::new(&head)], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    })
+    .await
+}
+
+/// Takes a device that is handed over; `Err` inside: why there is none.
+pub(crate) async fn take_over(from: &mut UnixStream) -> io::Result<Result<OwnedFd, End>> {
+    let (head, device) = from.async_io(Interest::READABLE, || receive(from)).await?;
+    if head[0] == kind::DEVICE {
+        return device.map(Ok).ok_or_else(|| malformed("a device without a device"));
+    }
+    match rest(head, from).await? {
+        Some(Frame::End(end)) => Ok(Err(end)),
+        Some(_) => Err(malformed("not what was asked for")),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// The head of a frame, and the descriptor that comes with it.
+fn receive(from: &UnixStream) -> io::Result<([u8; HEAD], Option<OwnedFd>)> {
+    let mut head = [0; HEAD];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(from, &mut [IoSliceMut::new(&mut head)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let device = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut devices) => devices.next(),
+        _ => None,
+    });
+    if got.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if got.bytes != HEAD || got.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(malformed("no whole frame"));
+    }
+    Ok((head, device))
+}
+
 /// Says it.
 pub(crate) async fn say(to: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
     match frame {
@@ -90,7 +170,7 @@ pub(crate) async fn say_data(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -
 
 async fn send(to: &mut (impl AsyncWrite + Unpin), kind: u8, payload: &[u8]) -> io::Result<()> {
     let len = u32::try_from(payload.len()).ok().filter(|len| *len <= LONGEST).ok_or_else(|| malformed("too long"))?;
-    let mut head = [kind, 0, 0, 0, 0];
+    let mut head = [kind; HEAD];
     head[1..].copy_from_slice(&len.to_le_bytes());
     to.write_all(&head).await?;
     to.write_all(payload).await
@@ -102,13 +182,17 @@ fn malformed(what: &str) -> io::Error {
 
 /// Hears the next frame; `None` when the other side is gone. Must not be dropped half-way.
 pub(crate) async fn hear(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Frame>> {
-    let mut head = [0; 5];
+    let mut head = [0; HEAD];
     match from.read_exact(&mut head).await {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(error),
     }
-    let [kind, len @ ..] = head;
+    rest(head, from).await
+}
+
+/// The frame that begins with this head; `None` when the other side is gone.
+async fn rest([kind, len @ ..]: [u8; HEAD], from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Frame>> {
     let len = u32::from_le_bytes(len);
     if len > LONGEST {
         return Err(malformed("too long"));
@@ -136,6 +220,7 @@ fn parse<T: DeserializeOwned>(payload: &[u8]) -> io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[tokio::test]
     async fn what_is_said_is_heard_and_what_breaks_off_is_nothing() {
@@ -156,6 +241,27 @@ mod tests {
         }
         assert_eq!(hear(&mut rest).await.unwrap(), None);
         assert_eq!(hear(&mut &bytes[..bytes.len() - 1][bytes.len() - 20..]).await.ok().flatten(), None);
+    }
+
+    #[tokio::test]
+    async fn an_open_device_is_handed_over_or_it_is_said_why_not() {
+        let (mut agent, guardian) = UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/proc/self/cmdline").unwrap();
+        hand_over(&guardian, file.as_fd()).await.unwrap();
+        let mut bytes = [0; 8];
+        let taken = take_over(&mut agent).await.unwrap().unwrap();
+        assert!(rustix::io::read(taken, &mut bytes).unwrap() > 0, "what is open in one process is usable in another");
+
+        let (mut agent, mut guardian) = UnixStream::pair().unwrap();
+        let end = End::new(How::Gone, "the pod is gone");
+        say(&mut guardian, &Frame::End(end.clone())).await.unwrap();
+        assert_eq!(take_over(&mut agent).await.unwrap().unwrap_err(), end);
+        say(&mut guardian, &Frame::Started).await.unwrap();
+        assert!(take_over(&mut agent).await.is_err(), "a stream is no device");
+        send(&mut guardian, kind::DEVICE, &[]).await.unwrap();
+        assert!(take_over(&mut agent).await.is_err(), "the word alone is no device");
+        drop(guardian);
+        assert!(take_over(&mut agent).await.is_err());
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ pub(crate) struct Hold<'a> {
     /// The claim that is mounted: the same, or the copy of a snapshot.
     pub(crate) mounted: &'a str,
     pub(crate) read_only: bool,
-    /// Whether the claim is a raw block device, which the pod lends to the agent.
+    /// Whether the claim is a raw block device.
     pub(crate) block: bool,
     /// Only beside an agent, and away from a node that fell silent.
     pub(crate) beside_agent: bool,
@@ -24,8 +24,8 @@ pub(crate) struct Hold<'a> {
     pub(crate) node: Option<&'a str>,
 }
 
-/// It fulfils the `restricted` pod security standard and has no token; but for a block device, whose node in `/dev` is root's
-/// alone: then it runs as root without any capability, which is `baseline`.
+/// It fulfils the `restricted` pod security standard and has no token. A block device is not its to open either: kubelet maps it
+/// for the pod, and the guardian of the node opens it.
 pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
     let mut spec = json!({
         "restartPolicy": "Never",
@@ -49,7 +49,7 @@ pub(crate) fn pod(context: &Context, hold: &Hold<'_>) -> Result<Pod> {
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted, "readOnly": hold.read_only}}],
     });
     if hold.block {
-        lend(&mut spec, hold);
+        map_device(&mut spec, hold);
     }
     let mut tolerations: Vec<_> = context.dispatch.tolerations.iter().map(|one| json!(one)).collect();
     if hold.beside_agent {
@@ -68,22 +68,12 @@ pub(crate) fn is_block(claim: &PersistentVolumeClaim) -> bool {
     claim.spec.as_ref().and_then(|spec| spec.volume_mode.as_deref()) == Some("Block")
 }
 
-fn lend(spec: &mut Value, hold: &Hold<'_>) {
-    spec["securityContext"] =
-        json!({"runAsNonRoot": false, "runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}});
-    let mut command = vec!["/lifeboat-agent", "lend", "--device=/dev/volume", "--folder=/lend"];
-    if hold.read_only {
-        command.push("--read-only");
-    }
+fn map_device(spec: &mut Value, hold: &Hold<'_>) {
     let container = &mut spec["containers"][0];
-    container["command"] = command.into();
     container["volumeDevices"] = json!([{"name": "data", "devicePath": "/dev/volume"}]);
-    container["volumeMounts"] = json!([{"name": "lend", "mountPath": "/lend"}]);
+    container["volumeMounts"] = json!([]);
     // A claim of mode Block is never mounted read-only; the device is opened so.
-    spec["volumes"] = json!([
-        {"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted}},
-        {"name": "lend", "emptyDir": {"medium": "", "sizeLimit": "1Mi"}},
-    ]);
+    spec["volumes"] = json!([{"name": "data", "persistentVolumeClaim": {"claimName": hold.mounted}}]);
 }
 
 /// The node is a wish: the scheduler knows all that a volume needs.

@@ -273,7 +273,7 @@ pub struct VolumeBackupStatus {
     /// How often the snapshot was mounted anew, because the node of its pod was lost.
     #[serde(default)]
     pub attempt: u32,
-    /// The pod whose mount is read.
+    /// The pod whose mount or device is read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
     /// That pod's UID.

@@ -142,9 +142,9 @@ names! {
         PolicyNotFound,
         /// Neither a volume nor an object is selected.
         NothingSelected,
-        /// The selected claim is not mounted by any running pod, so there is nothing that the live method can read.
+        /// No running pod uses the selected claim, so there is nothing that the live method can read.
         NoPodForVolume,
-        /// The claim or its volume cannot be backed up by the chosen method.
+        /// The claim or its volume cannot be backed up by the chosen method, or its block device cannot be opened.
         VolumeUnsupported,
         /// The claim is not bound, is being deleted or is gone.
         VolumeUnavailable,

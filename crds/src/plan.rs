@@ -154,7 +154,7 @@ pub enum VolumeMethod {
     Snapshot,
     /// From a CSI group snapshot: all volumes of it show the same instant, with or without a freeze.
     Group,
-    /// From the directory in which a running pod has it mounted, between the freeze and the thaw.
+    /// Where a running pod has it, its directory or its raw block device, between the freeze and the thaw.
     Live,
     /// Not at all. The claim's object is still captured.
     Skip,

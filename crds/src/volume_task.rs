@@ -80,7 +80,7 @@ pub struct MountedVolume {
     pub pod: String,
     /// The pod's UID: kubelet's directory is named by it.
     pub pod_uid: String,
-    /// Whether it is a raw block device, which the pod lends.
+    /// Whether it is a raw block device, which the guardian of the node opens.
     #[serde(default)]
     pub block: bool,
 }

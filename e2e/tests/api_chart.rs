@@ -39,6 +39,7 @@ fn wrong_values_are_refused_by_name() -> Result<()> {
         ("agent.kubeletDir=relative", "kubeletDir"),
         ("clusterResources.serviceAccounts={Not_A_Name}", "serviceAccounts"),
         ("guardian.criSocket=containerd.sock", "criSocket"),
+        ("guardian.blockDevices=perhaps", "blockDevices"),
     ] {
         let output = run_raw("helm", &["template", "x", &chart, "--set", value], "")?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -81,8 +82,13 @@ fn pods_are_as_restricted_as_they_can_be() -> Result<()> {
         ] {
             ensure!(pod.contains(wanted), "{wanted} is missing in\n{pod}");
         }
-        ensure!(!pod.contains("privileged: true") && !pod.contains("hostNetwork") && !pod.contains("hostPID"), "{pod}");
+        ensure!(!pod.contains("hostNetwork") && !pod.contains("hostPID"), "{pod}");
     }
+    // The container that has the runtime's socket anyway, and none where nothing needs it.
+    let privileged: Vec<_> = rendered.split("- name: ").filter(|part| part.contains("privileged: true")).collect();
+    ensure!(privileged.len() == 1 && privileged.iter().all(|part| part.starts_with("guardian\n")), "{privileged:?}");
+    let without = render(&["guardian.blockDevices=false"])?;
+    ensure!(!without.contains("privileged: true") && !without.contains("/host/dev"), "{without}");
     Ok(())
 }
 

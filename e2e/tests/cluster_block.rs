@@ -1,18 +1,27 @@
 //! Raw block volumes on a real cluster: they come back byte by byte; what their storage lists as unchanged is not read; a
-//! list that lies, a volume that grew and a storage without lists are told apart in the status.
+//! list that lies, a volume that grew and a storage without lists are told apart in the status. Without snapshots they are read
+//! where their pod has them, and they come back also into a namespace that admits only restricted pods.
 #![cfg(feature = "cluster")]
 
 use anyhow::{Context, Result, ensure};
-use lifeboat_crds::backup::{BlockRead, ReadBy, VolumeBackupStatus};
+use kube::Api;
+use kube::api::ListParams;
+use lifeboat_crds::backup::{BlockRead, Consistency, ReadBy, VolumeBackupStatus};
 use lifeboat_crds::conditions::{ConditionType, get};
-use lifeboat_crds::{Backup, Restore};
-use lifeboat_e2e::scenario::{BUSYBOX, INSTALLED_IN, Scenario, scenario};
+use lifeboat_crds::plan::VolumeMethod;
+use lifeboat_crds::{Backup, Restore, VolumeTask};
+use lifeboat_e2e::scenario::{BUSYBOX, INSTALLED_IN, Scenario, StoreHeld, scenario};
 use serde_json::{Value, json};
 
 /// A pod that sleeps, with a raw block claim at `/dev/data`.
 fn block_pod(size: &str) -> Result<String> {
+    block_pod_with(size, "ReadWriteOnce")
+}
+
+/// As [`block_pod`], with another access mode.
+fn block_pod_with(size: &str, access: &str) -> Result<String> {
     let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "disk"}, "spec": {
-        "accessModes": ["ReadWriteOnce"], "volumeMode": "Block", "storageClassName": "cut-block", "resources": {"requests": {"storage": size}}}});
+        "accessModes": [access], "volumeMode": "Block", "storageClassName": "cut-block", "resources": {"requests": {"storage": size}}}});
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "app"}, "spec": {
         "terminationGracePeriodSeconds": 0,
         "containers": [{"name": "main", "image": BUSYBOX, "imagePullPolicy": "IfNotPresent",
@@ -209,4 +218,104 @@ fn without_versions(list: &str) -> Result<String> {
         }
     }
     Ok(list.to_string())
+}
+
+/// A command that keeps the pod `app` at rest. It writes nothing, so it has nothing to do.
+fn held() -> Value {
+    json!({"maxFreeze": "60s", "steps": [{
+        "selector": {"matchLabels": {"app": "block"}}, "hold": {"command": ["sh", "-c", "echo frozen; cat >/dev/null"]}}]})
+}
+
+#[test]
+fn a_raw_block_volume_without_snapshots_is_read_where_its_pod_has_it() {
+    scenario("block-live", async |s: Scenario| {
+        // No second pod may have this claim.
+        s.apply(&block_pod_with("64Mi", "ReadWriteOncePod")?)?;
+        ready(&s)?;
+        s.kubectl(&["label", "pod", "app", "app=block"])?;
+        write(&s, 0, 600)?;
+        write(&s, 9000, 777)?;
+        let (backup, volume, read) = back_up(&s, "first", s.live_plan()).await?;
+        ensure!(volume.method == VolumeMethod::Live && volume.pod.as_deref() == Some("app"), "{volume:?}");
+        ensure!(read.by == ReadBy::Full && read.reason.is_some_and(|why| why.contains("snapshots only")));
+        ensure!(read_bytes(&volume)? == 64 << 20, "{volume:?}");
+        ensure!(volume.transfer.is_some_and(|transfer| transfer.new_bytes < 16 << 20), "holes take room: {volume:?}");
+        let level = |backup: &Backup| backup.status.as_ref().and_then(|status| status.consistency);
+        ensure!(level(&backup) == Some(Consistency::None), "nothing kept it at rest: {backup:?}");
+
+        write(&s, 100, 3)?;
+        let before = hash(&s, 64)?;
+        let mut plan = s.plan();
+        plan["volumes"] = json!([{"method": "Snapshot", "snapshotClass": "absent", "fallback": "Live"}]);
+        plan["quiesce"] = held();
+        let (backup, volume, _) = back_up(&s, "second", plan).await?;
+        ensure!(volume.method == VolumeMethod::Live && volume.fallback.is_some(), "{volume:?}");
+        ensure!(volume.transfer.is_some_and(|transfer| transfer.new_bytes < 1 << 20), "not compared: {volume:?}");
+        ensure!(level(&backup) == Some(Consistency::Application), "{backup:?}");
+        s.eventually("everything of the backup to be gone", async || Ok(s.leftovers().await?.is_empty())).await?;
+        restored(&s, "back").await?;
+        ensure!(hash(&s, 64)? == before, "the device is another");
+        Ok(())
+    });
+}
+
+#[test]
+fn the_pod_whose_device_is_read_may_go_and_the_next_backup_reads_its_successor() {
+    scenario("block-vanishes", async |s: Scenario| {
+        s.apply(&block_pod("10Gi")?)?;
+        ready(&s)?;
+        write(&s, 0, 4096)?;
+        s.start_backup("lost", json!({"plan": s.live_plan()})).await?;
+        let tasks = Api::<VolumeTask>::namespaced(s.client.clone(), INSTALLED_IN);
+        s.eventually("the device to be read", async || {
+            let all = tasks.list(&ListParams::default()).await?;
+            let mut ours = all.iter().filter(|task| task.spec.namespace() == Some(s.namespace.as_str()));
+            Ok(ours.any(|task| task.status.as_ref().is_some_and(|status| status.session.is_some())))
+        })
+        .await?;
+        // It cannot end before the pod does.
+        let held = StoreHeld::hold()?;
+        s.kubectl(&["delete", "pod", "app", "--timeout=120s"])?;
+        s.backup_failed("lost", "PodVanished").await?;
+        drop(held);
+        // Nobody holds the device any more.
+        s.apply(&block_pod("10Gi")?)?;
+        ready(&s)?;
+        let (_, volume, _) = back_up(&s, "after", s.live_plan()).await?;
+        ensure!(volume.method == VolumeMethod::Live, "{volume:?}");
+        s.kubectl(&["delete", "pod", "app", "--timeout=120s"])?;
+        s.start_backup("nobody", json!({"plan": s.live_plan()})).await?;
+        let (_, message) = s.backup_failed("nobody", "NoPodForVolume").await?;
+        ensure!(message.contains("as a device") && message.contains("start the pod"), "{message}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_raw_block_volume_comes_back_into_a_namespace_for_restricted_pods_only() {
+    scenario("block-restricted", async |s: Scenario| {
+        s.apply(&block_pod("64Mi")?)?;
+        ready(&s)?;
+        write(&s, 0, 600)?;
+        write(&s, 9000, 777)?;
+        let before = hash(&s, 64)?;
+        // The pod that writes and hashes is root's, so it cannot come back there.
+        let mut plan = s.plan();
+        plan["scope"] = json!({"includeResources": ["persistentvolumeclaims"]});
+        back_up(&s, "b", plan).await?;
+        s.lose_namespace()?;
+        let restricted = "pod-security.kubernetes.io/enforce=restricted";
+        s.kubectl_cluster(&["label", "namespace", &s.namespace, restricted])?;
+        ensure!(s.apply(&block_pod("64Mi")?).is_err(), "a pod of root was admitted");
+        s.kubectl(&["delete", "pvc", "disk", "--ignore-not-found", "--timeout=60s"])?;
+        let restore = s.restore_newest("back").await?;
+        let volumes = restore.status.context("status")?.volumes;
+        ensure!(volumes.len() == 1 && volumes.iter().all(|volume| volume.transfer.is_some()), "{volumes:?}");
+        s.eventually("the pods of the restore to be gone", async || Ok(s.leftovers().await?.is_empty())).await?;
+        s.kubectl_cluster(&["label", "namespace", &s.namespace, "pod-security.kubernetes.io/enforce-"])?;
+        s.apply(&block_pod("64Mi")?)?;
+        ready(&s)?;
+        ensure!(hash(&s, 64)? == before, "the device is another");
+        Ok(())
+    });
 }

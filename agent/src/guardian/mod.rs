@@ -1,15 +1,17 @@
 //! The quiesce guardian: holds the workloads of its node at rest for a moment, and thaws them whatever dies. It also runs the
-//! commands of streams, since it alone has the runtime's socket.
+//! commands of streams and opens block devices for the agent, since it alone may do on the node what these need.
 //!
 //! A second guardian on the node (`--second`) freezes and starts nothing; it thaws and ends what the first one leaves when it dies.
 
 mod container;
 mod containerd;
 mod cri;
+mod devices;
 mod fsfreeze;
 mod intent;
 mod keeper;
 mod leases;
+mod requests;
 mod streams;
 mod sweep;
 #[cfg(test)]
@@ -51,9 +53,12 @@ pub(crate) struct GuardOptions {
     /// kubelet's directory.
     #[arg(long, default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
-    /// Where the agent of this node asks for the commands of streams.
+    /// Where the agent of this node asks for the commands of streams and for block devices.
     #[arg(long, default_value = crate::STREAMS_SOCKET)]
     streams_socket: PathBuf,
+    /// Where the node's `/dev` is seen. Without it no block device is opened.
+    #[arg(long)]
+    devices_dir: Option<PathBuf>,
     /// Where metrics are served.
     #[arg(long, default_value = "0.0.0.0:8082")]
     metrics_addr: SocketAddr,
@@ -86,13 +91,18 @@ pub(crate) async fn run(options: GuardOptions) -> Result<()> {
     }
     let client = kube::Client::try_default().await.context("cannot speak to the API server")?;
     let leases = kube::Api::namespaced(client.clone(), &options.namespace);
-    let tasks = kube::Api::namespaced(client, &options.namespace);
+    let server = requests::Server {
+        guardian: Arc::clone(&guardian),
+        tasks: kube::Api::namespaced(client, &options.namespace),
+        node: options.node.clone(),
+        opener: devices::Opener { devices: options.devices_dir },
+    };
     let readiness = Readiness::default();
     let registry = prometheus_client::registry::Registry::default();
     tokio::select! {
         ended = leases::work(Arc::clone(&guardian), leases, &options.node, readiness.clone()) => ended,
         () = guardian.keep_sweeping() => Ok(()),
-        ended = streams::serve(Arc::clone(&guardian), tasks, options.node.clone(), &options.streams_socket) => ended,
+        ended = server.serve(&options.streams_socket) => ended,
         ended = server::serve(options.health_addr, options.metrics_addr, readiness, registry) => ended,
         // What is held has lost its holder then: the second guardian and the watchdogs in the containers let go.
         ended = crate::until_told_to_end() => ended,

@@ -1,23 +1,16 @@
 //! Runs the commands of streams for the agent of this node, which has the keys of repositories and not the runtime's socket.
 //!
-//! The agent names a task; what runs is what the API server says that the task is. The command is written down on the node's
-//! disk before it starts, so that it ends whoever dies: with the agent's connection, at its limit, or by a sweep.
+//! The command is written down on the node's disk before it starts, so that it ends whoever dies: with the agent's connection,
+//! at its limit, or by a sweep.
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use kube::{Api, ResourceExt};
-use lifeboat_crds::VolumeTask;
-use lifeboat_crds::conditions::is_finished;
 use lifeboat_crds::quiesce_lease::LeasedWorkload;
-use lifeboat_crds::volume_task::Operation;
+use lifeboat_crds::volume_task::{Operation, VolumeTaskSpec};
 use lifeboat_process::hold::BootTime;
 use lifeboat_process::telemetry::chain;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -26,10 +19,8 @@ use super::containerd::{Pipes, Process};
 use super::cri::{Containers, CriError};
 use super::intent::{Intent, Locked, Thaw};
 use super::keeper::Guardian;
-use crate::wire::{self, Ask, End, Frame, How};
+use crate::wire::{self, End, Frame, How};
 
-/// The agent says at once what it wants.
-const ASKING: Duration = Duration::from_secs(10);
 /// The command of an attempt before is ended within this time.
 const PREDECESSOR: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
@@ -45,78 +36,24 @@ const WORDS: usize = 2048;
 /// What a task lets run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Order {
-    workload: LeasedWorkload,
-    words: Vec<String>,
+    pub(super) workload: LeasedWorkload,
+    pub(super) words: Vec<String>,
     limit: Duration,
     /// Whether it is given input; else its output is wanted.
-    takes_input: bool,
+    pub(super) takes_input: bool,
 }
 
-/// Serves the agent until the socket cannot be listened at any more.
-pub(super) async fn serve<C: Containers>(
-    guardian: Arc<Guardian<C>>,
-    tasks: Api<VolumeTask>,
-    node: String,
-    socket: &Path,
-) -> Result<()> {
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).context("cannot remove an old socket");
-        }
-        _ => {}
+impl Order {
+    /// `None`: the task is not about a stream.
+    pub(super) fn of(spec: &VolumeTaskSpec) -> Option<Self> {
+        let (command, takes_input) = match &spec.operation {
+            Operation::Dump(dump) => (&dump.command, false),
+            Operation::Feed(feed) => (&feed.command, true),
+            Operation::Backup(_) | Operation::Restore(_) | Operation::Maintain(_) => return None,
+        };
+        let limit = Duration::from_millis(command.limit_millis);
+        Some(Self { workload: spec.workload.clone()?, words: command.words.clone(), limit, takes_input })
     }
-    let listener = UnixListener::bind(socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
-    loop {
-        let (agent, _) = listener.accept().await.context("cannot take a connection of the agent")?;
-        let (guardian, tasks, node) = (Arc::clone(&guardian), tasks.clone(), node.clone());
-        tokio::spawn(async move {
-            if let Err(error) = answer(&guardian, &tasks, &node, agent).await {
-                info!(%error, "the agent has gone while a stream's command ran");
-            }
-        });
-    }
-}
-
-/// `Err`: the agent is gone.
-async fn answer<C: Containers>(
-    guardian: &Guardian<C>,
-    tasks: &Api<VolumeTask>,
-    node: &str,
-    agent: UnixStream,
-) -> std::io::Result<()> {
-    let (mut from, mut to) = agent.into_split();
-    let Ok(Ok(Some(Frame::Ask(ask)))) = tokio::time::timeout(ASKING, wire::hear(&mut from)).await else {
-        return Ok(());
-    };
-    let end = match tasks.get_opt(&ask.task).await {
-        Err(error) => End::new(How::Trouble, format!("the guardian cannot read the task: {error}")),
-        Ok(None) => End::new(How::Failed, "the task was deleted"),
-        Ok(Some(task)) => match order(&task, &ask, node) {
-            Ok(order) => run(guardian, &task.name_any(), &order, &mut from, &mut to).await?,
-            Err(why) => End::new(How::Failed, why),
-        },
-    };
-    wire::say(&mut to, &Frame::End(end)).await
-}
-
-/// What the task lets run on this node; `Err`: why nothing.
-fn order(task: &VolumeTask, ask: &Ask, node: &str) -> Result<Order, String> {
-    let is_done = task.status.as_ref().is_some_and(|status| is_finished(&status.conditions));
-    if task.uid().as_ref() != Some(&ask.uid) || task.metadata.deletion_timestamp.is_some() || is_done {
-        return Err("the task is over".to_owned());
-    }
-    let spec = &task.spec;
-    if spec.node_name != node {
-        return Err(format!("the task is for the node {}", spec.node_name));
-    }
-    let (command, takes_input) = match &spec.operation {
-        Operation::Dump(dump) => (&dump.command, false),
-        Operation::Feed(feed) => (&feed.command, true),
-        _ => return Err("the task has no command".to_owned()),
-    };
-    let workload = spec.workload.clone().ok_or("the task has no workload")?;
-    let limit = Duration::from_millis(command.limit_millis);
-    Ok(Order { workload, words: command.words.clone(), limit, takes_input })
 }
 
 impl End {
@@ -131,7 +68,7 @@ impl End {
 }
 
 /// Runs a command to its end, and sees to it that nothing of it is left. `Err`: the agent is gone.
-async fn run<C: Containers>(
+pub(super) async fn run<C: Containers>(
     guardian: &Guardian<C>,
     name: &str,
     order: &Order,

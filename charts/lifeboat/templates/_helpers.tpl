@@ -23,3 +23,7 @@ readinessProbe:
   httpGet: {path: /readyz, port: health}
   periodSeconds: 2
 {{- end }}
+
+{{- define "lifeboat.blockVolumes" -}}
+{{ .Values.agent.kubeletDir }}/plugins/kubernetes.io/csi/volumeDevices
+{{- end }}

@@ -36,9 +36,31 @@ impl Run {
     }
 }
 
+/// Raw block volumes that were read live although no command kept their pod at rest: a frozen file system holds no device.
+fn unheld(status: &BackupStatus) -> impl Iterator<Item = &VolumeBackupStatus> {
+    let is_held = move |volume: &VolumeBackupStatus| {
+        let mut workloads = status.quiesce.iter().flat_map(|quiesce| &quiesce.workloads);
+        workloads.any(|workload| !workload.container.is_empty() && volume.pod_uid.as_ref() == Some(&workload.pod_uid))
+    };
+    let is_live = |volume: &&VolumeBackupStatus| volume.block && volume.method == VolumeMethod::Live;
+    status.volumes.iter().filter(is_live).filter(move |volume| !is_held(volume))
+}
+
+/// Why a freeze did not help, if it did not.
+fn useless_freeze(status: &BackupStatus) -> Option<String> {
+    let names: Vec<_> = unheld(status).map(|volume| volume.claim.as_str()).collect();
+    let was_frozen = conditions::is_true(&status.conditions, ConditionType::Quiesced);
+    (was_frozen && !names.is_empty()).then(|| {
+        format!(
+            "but raw block volumes were read while their pods could write ({}): fsfreeze does not hold them, so write exec, hold or a template for these pods",
+            names.join(", ")
+        )
+    })
+}
+
 /// What the content may be relied upon for.
 fn consistency(status: &BackupStatus) -> Consistency {
-    if conditions::is_true(&status.conditions, ConditionType::Quiesced) {
+    if conditions::is_true(&status.conditions, ConditionType::Quiesced) && unheld(status).next().is_none() {
         return Consistency::Application;
     }
     let read = || status.volumes.iter().filter(|volume| volume.method != VolumeMethod::Skip);
@@ -190,7 +212,8 @@ async fn succeed(run: &mut Run, context: &Context, description: &Description, po
     note_wrong_lists(run, context).await;
     let unread: Vec<_> = run.status.volumes.iter().filter(|volume| volume.skipped > 0).collect();
     let (phase, reason, message) = if unread.is_empty() {
-        let message = format!("recovery point {} is committed", point.id);
+        let but = useless_freeze(&run.status).map(|why| format!(", {why}")).unwrap_or_default();
+        let message = format!("recovery point {} is committed{but}", point.id);
         (Phase::Succeeded, Reason::Completed, message)
     } else {
         let named: Vec<_> = unread
@@ -282,5 +305,29 @@ mod tests {
         ] {
             assert_eq!(consistency(&status(quiesced, volumes)), level, "{quiesced:?} {volumes:?}");
         }
+    }
+
+    #[test]
+    fn a_raw_block_volume_that_is_read_live_is_at_rest_only_if_a_command_holds_its_pod() {
+        let status = |container: &str, pod: &str, method: &str| -> BackupStatus {
+            let quiesced = serde_json::json!({"type": "Quiesced", "status": "True", "reason": "Done", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+            let workload =
+                serde_json::json!({"step": 0, "pod": pod, "podUid": pod, "container": container, "frozen": false});
+            let volume =
+                serde_json::json!({"claim": "disk", "claimUid": "x", "method": method, "block": true, "podUid": "db"});
+            let status = serde_json::json!({"conditions": [quiesced], "quiesce": {"workloads": [workload]}, "volumes": [volume]});
+            serde_json::from_value(status).unwrap()
+        };
+        for (container, pod, level) in [
+            ("main", "db", Consistency::Application),
+            ("", "db", Consistency::None),
+            ("main", "another", Consistency::None),
+        ] {
+            let status = status(container, pod, "Live");
+            assert_eq!(consistency(&status), level, "{container} {pod}");
+            let why = useless_freeze(&status);
+            assert_eq!(why.is_some_and(|why| why.contains("disk")), level == Consistency::None);
+        }
+        assert_eq!(consistency(&status("", "db", "Snapshot")), Consistency::Application);
     }
 }

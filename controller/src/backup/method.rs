@@ -70,12 +70,20 @@ fn rule<'a>(plan: &'a BackupPlan, claim: &PersistentVolumeClaim) -> Option<&'a V
     plan.volumes.iter().find(|rule| rule_matches(&rule.matching, claim))
 }
 
-/// Whether the pod has the claim mounted.
-fn mounts(pod: &Pod, claim: &str) -> bool {
+/// Whether the pod has the claim mounted, or its device if it is a raw block volume.
+fn mounts(pod: &Pod, claim: &str, block: bool) -> bool {
     pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).any(|volume| {
         let named = volume.persistent_volume_claim.as_ref().is_some_and(|source| source.claim_name == claim);
-        named || (volume.ephemeral.is_some() && format!("{}-{}", pod.name_any(), volume.name) == claim)
+        let is_it = named || (volume.ephemeral.is_some() && format!("{}-{}", pod.name_any(), volume.name) == claim);
+        is_it && (!block || has_device(pod, &volume.name))
     })
+}
+
+/// Whether a container of the pod has this volume as a device. Kubelet maps only those.
+fn has_device(pod: &Pod, volume: &str) -> bool {
+    let spec = pod.spec.iter();
+    let containers = spec.flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
+    containers.flat_map(|container| container.volume_devices.iter().flatten()).any(|device| device.name == volume)
 }
 
 const WAY_OUT: &str = "or leave its data out with a rule {match: {names: [..]}, method: Skip}";
@@ -205,22 +213,16 @@ fn snapshot(rule: Option<&VolumeRule>, selected: &Selected, storage: &Storage) -
     })
 }
 
-/// Reads the claim where a running pod has it mounted.
+/// Reads the claim where a running pod has it.
 fn live(mut status: VolumeBackupStatus, pods: &[Pod]) -> Result<VolumeBackupStatus, Refusal> {
     let name = &status.claim;
-    if status.block {
-        let why = status.fallback.as_ref().map(|why| format!("{why}, and ")).unwrap_or_default();
-        let message = format!(
-            "{why}the claim {name} is a raw block volume, which is read from a CSI snapshot only; make a VolumeSnapshotClass for its driver, {WAY_OUT}"
-        );
-        return Err(Refusal::new(Reason::VolumeUnsupported, message));
-    }
-    let mut readers: Vec<_> = pods.iter().filter(|pod| is_readable(pod) && mounts(pod, name)).collect();
+    let mut readers: Vec<_> = pods.iter().filter(|pod| is_readable(pod) && mounts(pod, name, status.block)).collect();
     readers.sort_by_key(|pod| pod.name_any());
     let Some(pod) = readers.first() else {
+        let how = if status.block { "as a device" } else { "mounted" };
         let why = status.fallback.as_ref().map(|why| format!("{why}, and ")).unwrap_or_default();
         let message = format!(
-            "{why}no running pod has the claim {name} mounted, so the method Live has nothing to read; start the pod, {WAY_OUT}"
+            "{why}no running pod has the claim {name} {how}, so the method Live has nothing to read; start the pod, {WAY_OUT}"
         );
         return Err(Refusal::new(Reason::NoPodForVolume, message));
     };
@@ -350,6 +352,27 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_raw_block_claim_is_read_where_a_pod_has_its_device() {
+        let claim = || selected("data", Some(DRIVER), block());
+        let mut with_device = pod("Running", "data");
+        let container = json!({"name": "main", "volumeDevices": [{"name": "v", "devicePath": "/dev/data"}]});
+        with_device.spec.as_mut().unwrap().containers = vec![serde_json::from_value(container).unwrap()];
+        let pods = [pod("Running", "data"), with_device];
+        let found = one(json!([]), claim(), &pods, &storage(true, true)).unwrap();
+        assert!(found.block && found.method == VolumeMethod::Snapshot, "a snapshot is better");
+        for (rules, storage) in [
+            (json!([{"method": "Live"}]), storage(true, true)),
+            (json!([]), storage(false, false)),
+            (json!([{"method": "Snapshot", "fallback": "Live"}]), storage(false, false)),
+        ] {
+            let found = one(rules.clone(), claim(), &pods, &storage).unwrap();
+            assert!(found.block && found.method == VolumeMethod::Live && found.cut.is_none(), "{rules}");
+            // Kubelet maps no device for a pod that names the claim and does not use it.
+            assert_eq!(one(rules, claim(), &pods[..1], &storage).unwrap_err().reason, Reason::NoPodForVolume);
+        }
+    }
+
     fn block() -> Value {
         json!({"/spec": {"volumeName": "pv", "storageClassName": "fast", "volumeMode": "Block"}})
     }
@@ -365,14 +388,12 @@ mod tests {
                 json!([]),
                 Reason::VolumeUnavailable,
             ),
-            (block(), json!([{"method": "Live"}]), Reason::VolumeUnsupported),
+            (block(), json!([{"method": "Live"}]), Reason::NoPodForVolume),
         ] {
             let refusal = one(rules, selected("data", Some(DRIVER), change), &pods, &storage(true, true)).unwrap_err();
             assert_eq!(refusal.reason, reason);
             assert!(refusal.message.contains("data") && refusal.message.contains("Skip"), "{}", refusal.message);
         }
-        let found = one(json!([]), selected("data", Some(DRIVER), block()), &[], &storage(true, true)).unwrap();
-        assert!(found.block && found.method == VolumeMethod::Snapshot);
         let skipping = json!([{"match": {"storageClass": "fast"}, "method": "Skip"}]);
         let found = one(skipping, selected("data", None, json!({})), &[], &storage(true, true)).unwrap();
         assert_eq!(found.method, VolumeMethod::Skip);

@@ -438,7 +438,7 @@ async fn start_tasks(run: &mut Run, context: &Context) -> Result<()> {
             volume: pv.clone(),
             pod: pod.clone(),
             pod_uid: pod_uid.clone(),
-            block: false,
+            block: volume.block,
         };
         match order(run, context, volume, node, mount).await? {
             Ok(order) => task::create(&api, order).await?,

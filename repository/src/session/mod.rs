@@ -13,6 +13,7 @@ mod pin;
 mod put;
 pub(crate) mod references;
 pub(crate) mod registration;
+mod stats;
 mod writer;
 
 use std::sync::Arc;
@@ -23,7 +24,8 @@ pub use crate::pack::Compression;
 pub(crate) use moves::MovedRefs;
 pub use pin::Pin;
 pub(crate) use pin::reader_refs;
-pub use writer::{Session, SessionOptions, SessionStats};
+pub use stats::SessionStats;
+pub use writer::{Session, SessionOptions};
 
 use crate::commits::CommitLogError;
 use crate::error::{Classified, ErrorClass};

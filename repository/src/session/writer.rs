@@ -14,6 +14,7 @@ use super::heartbeat::Heart;
 use super::mask::Mask;
 use super::references::References;
 use super::registration::{Registration, register};
+use super::stats::{Counters, SessionStats};
 use super::{SessionError, marks_failed, not_registered};
 use crate::engine::Engine;
 use crate::error::{Classified, ErrorClass};
@@ -43,30 +44,6 @@ pub struct SessionOptions {
     pub host: String,
     /// How hard data is compressed.
     pub compression: Compression,
-}
-
-/// What a session did so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SessionStats {
-    /// Chunks put or inherited.
-    pub chunks: u64,
-    /// Chunks that the repository lacked.
-    pub new_chunks: u64,
-    /// Their plain bytes.
-    pub new_bytes: u64,
-    /// Their bytes in packs.
-    pub stored_bytes: u64,
-    /// Bytes of uploaded packs, with headers and padding.
-    pub uploaded_bytes: u64,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    chunks: AtomicU64,
-    pub(super) new_chunks: AtomicU64,
-    pub(super) new_bytes: AtomicU64,
-    pub(super) stored_bytes: AtomicU64,
-    uploaded_bytes: AtomicU64,
 }
 
 /// An open pack and the budget that its bytes hold.
@@ -224,15 +201,7 @@ impl Session {
 
     /// What it did so far.
     pub fn stats(&self) -> SessionStats {
-        let counters = &self.shared.counters;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        SessionStats {
-            chunks: read(&counters.chunks),
-            new_chunks: read(&counters.new_chunks),
-            new_bytes: read(&counters.new_bytes),
-            stored_bytes: read(&counters.stored_bytes),
-            uploaded_bytes: read(&counters.uploaded_bytes),
-        }
+        self.shared.counters.read()
     }
 
     /// Uploads what is open, waits for all uploads and publishes the index segment.

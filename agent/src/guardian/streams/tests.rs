@@ -2,7 +2,8 @@
 
 use super::super::testing::Node;
 use super::*;
-use serde_json::{Value, json};
+use std::sync::Arc;
+use tokio::net::UnixStream;
 
 fn words(script: &str) -> Vec<String> {
     ["sh", "-c", script].map(str::to_owned).to_vec()
@@ -181,41 +182,4 @@ async fn an_input_is_given_to_its_end_and_a_command_may_end_before() {
         () = sending => unreachable!(),
         heard = hearing => assert_eq!(heard, Some(Frame::End(failed("exit code 4: enough")))),
     }
-}
-
-#[test]
-fn only_what_a_living_task_of_this_node_says_runs() {
-    let task = |change: &dyn Fn(&mut Value)| -> VolumeTask {
-        let mut task = json!({
-            "apiVersion": "lifeboat.dev/v1alpha1", "kind": "VolumeTask", "metadata": {"name": "s-1", "uid": "u"},
-            "spec": {
-                "nodeName": "n", "deadline": "2026-01-01T04:00:00Z",
-                "workload": {"namespace": "ns", "pod": "db-0", "podUid": "p", "container": "db"},
-                "repository": {"name": "r", "id": "ab", "backend": {"filesystem": {"path": "/x"}}, "encryptionSecret": {"name": "s"}},
-                "operation": {"dump": {"lineage": "l", "file": "shop.sql", "command": {"words": ["pg_dump"], "limitMillis": 5}}}
-            }
-        });
-        change(&mut task);
-        serde_json::from_value(task).unwrap()
-    };
-    let ask = |uid: &str| Ask { task: "s-1".into(), uid: uid.into() };
-    let found = order(&task(&|_| {}), &ask("u"), "n").unwrap();
-    assert_eq!(
-        (found.words.as_slice(), found.takes_input, found.workload.pod_uid.as_str()),
-        (&["pg_dump".to_owned()][..], false, "p")
-    );
-    let refused =
-        |change: &dyn Fn(&mut Value), uid: &str, node: &str| order(&task(change), &ask(uid), node).unwrap_err();
-    assert!(refused(&|_| {}, "other", "n").contains("over"));
-    assert!(refused(&|_| {}, "u", "m").contains("node n"));
-    assert!(
-        refused(&|task| task["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"), "u", "n")
-            .contains("over")
-    );
-    let done = json!({"conditions": [{"type": "Succeeded", "status": "False", "reason": "TimedOut", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
-    assert!(refused(&|task| task["status"] = done.clone(), "u", "n").contains("over"));
-    assert!(
-        refused(&|task| task["spec"]["operation"] = json!({"maintain": {"patienceSeconds": 1}}), "u", "n")
-            .contains("no command")
-    );
 }
