@@ -17,7 +17,7 @@ use crate::id::{PackId, RepositoryId};
 use crate::pack::{PACKS_PREFIX, pack_key};
 use crate::store::{Payload, Store, StoreError};
 
-/// Bytes of packs that are kept: manifests of some million files.
+/// Bytes of packs that are kept of all repositories together: manifests of some million files.
 const PACKS_BYTES: u64 = 256 << 20;
 
 /// The cache of one repository; without a directory it keeps nothing.
@@ -83,25 +83,21 @@ impl ObjectCache {
         }
     }
 
-    /// Drops a copy that proved damaged, or of an object that was deleted. Whether there was one.
-    pub(crate) fn forget(&self, key: &str) -> bool {
-        let Some(path) = self.path(key) else { return false };
-        match fs::remove_file(&path) {
-            Ok(()) => true,
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    debug!(key, %error, "a cached object was not removed");
-                }
-                false
-            }
+    /// Drops a copy that proved damaged, or of an object that was deleted.
+    pub(crate) fn forget(&self, key: &str) {
+        if let Some(path) = self.path(key)
+            && let Err(error) = fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            debug!(key, %error, "a cached object was not removed");
         }
     }
 
     /// Keeps a pack of manifests, which the next backup reads; the oldest go when there are too many.
     pub(crate) fn put_pack(&self, pack: PackId, payload: &Payload) {
         self.put_pieces(&pack_key(pack), payload.pieces());
-        if let Some(folder) = self.path(PACKS_PREFIX)
-            && let Err(error) = keep_newest(&folder, PACKS_BYTES)
+        if let Some(all) = self.directory.as_ref().and_then(|directory| directory.parent())
+            && let Err(error) = keep_newest(all, PACKS_BYTES)
         {
             debug!(%error, "old packs stay in the cache");
         }
@@ -116,15 +112,20 @@ impl ObjectCache {
     }
 }
 
-/// Removes the oldest files below the folder until those that stay have at most so many bytes.
+/// Removes the oldest packs of all caches in the folder until those that stay have at most so many bytes.
 fn keep_newest(folder: &Path, limit: u64) -> io::Result<()> {
     let mut found: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
-    for session in fs::read_dir(folder)? {
-        let session = session?.path();
-        for pack in fs::read_dir(&session)? {
-            let pack = pack?;
-            let meta = pack.metadata()?;
-            found.push((meta.modified()?, meta.len(), pack.path()));
+    for cache in fs::read_dir(folder)? {
+        let sessions = match fs::read_dir(cache?.path().join(PACKS_PREFIX)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
+            sessions => sessions?,
+        };
+        for session in sessions {
+            for pack in fs::read_dir(session?.path())? {
+                let pack = pack?;
+                let meta = pack.metadata()?;
+                found.push((meta.modified()?, meta.len(), pack.path()));
+            }
         }
     }
     found.sort_unstable_by(|a, b| b.cmp(a));
@@ -148,7 +149,9 @@ mod tests {
     #[test]
     fn packs_are_kept_up_to_a_size_and_the_oldest_go_first() {
         let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("of another program"), "").unwrap();
         let cache = ObjectCache::new(Some(folder.path()), RepositoryId::random());
+        ObjectCache::of_location(Some(folder.path()), "a place").put("slot", &Bytes::from_static(b"x"));
         let packs = [0, 1, 2].map(|seq| PackId { session: SessionId::random(), seq });
         for (age, pack) in packs.iter().rev().enumerate() {
             cache.put_pack(*pack, &Payload::from(Bytes::from(vec![u8::try_from(pack.seq).unwrap(); 100])));
@@ -158,8 +161,9 @@ mod tests {
         let kept = || packs.map(|pack| cache.pack_range(pack, &(10..20)));
         assert_eq!(kept(), [0, 1, 2].map(|seq| Some(Bytes::from(vec![seq; 10]))));
         assert_eq!(cache.pack_range(packs[0], &(95..101)), None, "it does not have them all");
-        keep_newest(&cache.path(PACKS_PREFIX).unwrap(), 250).unwrap();
+        keep_newest(folder.path(), 250).unwrap();
         assert_eq!(kept().map(|found| found.is_some()), [true, true, false]);
-        assert!(cache.forget(&pack_key(packs[0])) && !cache.forget(&pack_key(packs[0])));
+        cache.forget(&pack_key(packs[0]));
+        assert_eq!(kept().map(|found| found.is_some()), [false, true, false]);
     }
 }

@@ -17,6 +17,8 @@ use crate::wire::WireError;
 
 /// Memory for directories, in bytes: about 250,000 chunks.
 const BUDGET_BYTES: u64 = 32 << 20;
+/// Memory for packs that came along.
+const SMALL_BYTES: u64 = 4 << 20;
 /// A read of this many bytes at a pack's end has the whole directory of nearly every pack.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -43,6 +45,12 @@ impl Weighter<(u64, PackId), Arc<Directory>> for ByMemory {
     }
 }
 
+impl Weighter<PackId, Bytes> for ByMemory {
+    fn weight(&self, _: &PackId, pack: &Bytes) -> u64 {
+        pack.len() as u64 + 64
+    }
+}
+
 /// The directories of packs.
 #[derive(Debug)]
 pub(crate) struct Directories {
@@ -51,6 +59,8 @@ pub(crate) struct Directories {
     /// By the number of renewals before the fetch, so that what was fetched before the last is not used after it.
     cache: Cache<(u64, PackId), Arc<Directory>, ByMemory>,
     renewals: AtomicU64,
+    /// Packs so small that they came along with their directories, until they are read.
+    small: Cache<PackId, Bytes, ByMemory>,
     /// Those in which the index's answers were found last, newest first.
     recent: Mutex<VecDeque<(u64, PackId, Arc<Directory>)>>,
 }
@@ -58,7 +68,8 @@ pub(crate) struct Directories {
 impl Directories {
     pub(crate) fn new(store: Arc<dyn Store>, keys: Arc<KeyRing>) -> Self {
         let cache = Cache::with_weighter(4096, BUDGET_BYTES, ByMemory);
-        Self { store, keys, cache, renewals: AtomicU64::new(0), recent: Mutex::default() }
+        let small = Cache::with_weighter(256, SMALL_BYTES, ByMemory);
+        Self { store, keys, cache, renewals: AtomicU64::new(0), small, recent: Mutex::default() }
     }
 
     /// From now on a directory that is given proves that its pack existed after this call: others may have been
@@ -116,21 +127,27 @@ impl Directories {
         let span = DirectorySpan::parse(&tail)?;
         let len = span.len as usize;
         let at = tail.len().checked_sub(crate::pack::TRAILER_BYTES + len);
-        let mut directory = if let Some(at) = at {
+        let directory = if let Some(at) = at {
             Directory::open(pack, span, &tail[at..at + len], &keys.structure)?
         } else {
             let range = u64::from(span.offset)..u64::from(span.offset) + u64::from(span.len);
             let sealed = self.store.get_range(&key, ByteRange::Bounded(range)).await?;
             Directory::open(pack, span, &sealed, &keys.structure)?
         };
-        directory.pack = (tail.len() as u64 != TAIL_BYTES).then_some(tail);
+        if tail.len() as u64 != TAIL_BYTES {
+            self.small.insert(pack, tail);
+        }
         Ok(Arc::new(directory))
+    }
+
+    /// Drops a pack that came along.
+    pub(crate) fn forget_pack(&self, pack: PackId) {
+        self.small.remove(&pack);
     }
 
     /// These bytes of a pack that came along with its directory.
     pub(crate) fn pack_range(&self, pack: PackId, range: &Range<u64>) -> Option<Bytes> {
-        let directory = self.cache.get(&(self.renewals.load(Ordering::SeqCst), pack))?;
-        let whole = directory.pack.as_ref()?;
+        let whole = self.small.get(&pack)?;
         let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
         (start <= end && end <= whole.len()).then(|| whole.slice(start..end))
     }

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use bytes::Bytes;
-
 use super::frame::{Codec, Expected, kind_number, parse_kind};
 use super::layout::{DirectorySpan, HEADER_BYTES};
 use crate::crypto::{Cipher, Purpose};
@@ -33,8 +31,6 @@ pub(crate) struct Directory {
     pub(crate) origins: Vec<SessionId>,
     pub(crate) slots: Vec<SlotEntry>,
     by_id: HashMap<ChunkId, u16>,
-    /// The whole pack, when it is so small that it came along.
-    pub(crate) pack: Option<Bytes>,
 }
 
 fn aad(pack: PackId) -> [u8; 20] {
@@ -48,7 +44,7 @@ impl Directory {
     pub(crate) fn new(origins: Vec<SessionId>, slots: Vec<SlotEntry>) -> Self {
         // Slots are at most 2^16: the layout refuses more.
         let by_id = (0..=u16::MAX).zip(&slots).map(|(number, slot)| (slot.expected.id, number)).collect();
-        Self { origins, slots, by_id, pack: None }
+        Self { origins, slots, by_id }
     }
 
     /// The slot that holds the chunk.
@@ -59,7 +55,7 @@ impl Directory {
 
     /// Bytes of memory that it takes, about.
     pub(crate) fn weight(&self) -> usize {
-        self.slots.len() * (size_of::<SlotEntry>() + 48) + 256 + self.pack.as_ref().map_or(0, Bytes::len)
+        self.slots.len() * (size_of::<SlotEntry>() + 48) + 256
     }
 
     /// The sealed form.

@@ -147,6 +147,14 @@ impl Reader {
         self.locate(chunk).await.ok().map(|located| located.place)
     }
 
+    /// Drops what is at hand of the pack.
+    fn forget_copies(&self, pack: PackId) {
+        self.engine.directories.forget_pack(pack);
+        if self.by_cache {
+            self.engine.cache.forget(&pack_key(pack));
+        }
+    }
+
     async fn fetch_frame(&self, located: &Located) -> Result<Bytes, ReadError> {
         let start = u64::from(located.entry.offset);
         self.fetch(located.place.pack, start..start + u64::from(located.entry.len)).await
@@ -180,9 +188,10 @@ impl Reader {
             Err(error @ ReadError::DamagedChunk { .. }) => error,
             opened => return opened,
         };
-        if self.by_cache
-            && self.engine.cache.forget(&pack_key(located.place.pack))
-            && let Ok(plain) = self.open_at(located, self.fetch_frame(&located).await?).await
+        // It may be a copy of the pack that is damaged, here or on the way.
+        self.forget_copies(located.place.pack);
+        if let Ok(frame) = self.fetch_frame(&located).await
+            && let Ok(plain) = self.open_at(located, frame).await
         {
             return Ok(plain);
         }

@@ -47,9 +47,7 @@ pub(crate) async fn refset(
         Err(error) if error.is_not_found() => return Err(ReferencesError::Missing { snapshot }),
         Err(error) => return Err(error.into()),
     };
-    parse(snapshot, version, hash, &bytes).inspect_err(|_| {
-        engine.cache.forget(&key);
-    })
+    parse(snapshot, version, hash, &bytes).inspect_err(|_| engine.cache.forget(&key))
 }
 
 /// As [`refset`], as it lies in the store now, whatever the cache has.

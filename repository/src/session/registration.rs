@@ -162,7 +162,12 @@ async fn after_last(store: &dyn Store, cache: &ObjectCache) -> Result<Option<Reg
         Some((Registration::parse(key)?, session.parse::<SessionId>().ok()?))
     });
     let Some((at, session)) = parsed else { return Ok(None) };
-    let is_there = matches!(read_slot(store, at).await?, Some(Slot::Registered(found)) if found.session == session);
+    let is_there = match read_slot(store, at).await {
+        Ok(slot) => matches!(slot, Some(Slot::Registered(found)) if found.session == session),
+        // Later ones may be whole, and a listing tells.
+        Err(EpochError::Damaged { .. }) => false,
+        Err(error @ EpochError::Store(_)) => return Err(error),
+    };
     Ok(is_there.then_some(Registration { slot: at.slot + 1, ..at }))
 }
 
@@ -359,9 +364,14 @@ mod tests {
         register(&other, &ObjectCache::default(), 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await.unwrap();
         seal_epoch(&other, 1, 0).await.unwrap();
         assert_eq!(take(&other, 1).await, Registration { epoch: 1, lane: 0, slot: 0 });
+        // The last slot is damaged, and others registered since.
+        let damaged = take(&other, 1).await;
+        register(&other, &ObjectCache::default(), 1, SessionId::random(), Timestamp::UNIX_EPOCH, None).await.unwrap();
+        other.overwrite(&damaged.key(), Bytes::from_static(b"damaged"));
+        assert_eq!(take(&other, 1).await, Registration { slot: damaged.slot + 2, ..damaged });
         // What is remembered is damaged.
         cache.put(LAST, &Bytes::from_static(b"e/x"));
-        assert_eq!(take(&other, 1).await, Registration { epoch: 1, lane: 0, slot: 1 });
+        assert_eq!(take(&other, 1).await, Registration { slot: damaged.slot + 3, ..damaged });
     }
 
     #[test]
