@@ -35,7 +35,7 @@ api_start() { # DIR
     --secure-port="$port" --service-cluster-ip-range=10.99.0.0/16 --authorization-mode=RBAC --client-ca-file="$dir/ca.crt" \
     --tls-cert-file="$dir/apiserver.crt" --tls-private-key-file="$dir/apiserver.key" \
     --service-account-issuer=https://kubernetes.default.svc --service-account-key-file="$dir/sa.pub" \
-    --service-account-signing-key-file="$dir/sa.key" --profiling=false --v=1
+    --service-account-signing-key-file="$dir/sa.key" --allow-privileged=true --profiling=false --v=1
   sleep 0.2 # until the names of the processes are theirs and no longer the shell's
   wait_for "API server alone" "$dir/apiserver.log" api_is_decided "$dir"
   api_kubectl "$dir" get --raw=/readyz >/dev/null 2>&1
