@@ -17,7 +17,7 @@ use lifeboat_repository::store::Store;
 use lifeboat_repository::store::faulty::{Fault, Faulty};
 use lifeboat_repository::store::memory::Memory;
 use tempfile::TempDir;
-use trees::{noise, write};
+use trees::{noise, secret, write};
 
 /// A machine: its cache, and what it asked of the store.
 struct Machine {
@@ -55,10 +55,6 @@ impl Machine {
         asked.sort();
         asked
     }
-}
-
-fn secret() -> Secret {
-    Secret::key_file([7; 32])
 }
 
 async fn made(files: u64) -> (Memory, Repository, TempDir) {

@@ -51,6 +51,8 @@ make_debian_image() {
   (cd "$CACHE/$name-packages" && apt-get -qq download $packages) >&2
   for file in "$CACHE/$name-packages"/*.deb; do dpkg -x "$file" "$tree"; done
   rm -rf "$tree"/usr/share/{doc,man,locale,lintian,info} "$tree/usr/lib/x86_64-linux-gnu/gconv" "$CACHE/$name-packages"
+  # Without libllvm, which is as large as all the rest, PostgreSQL must not find that it could compile queries.
+  rm -f "$tree"/usr/lib/postgresql/*/lib/llvmjit.so
   printf 'root:x:0:0:root:/:/bin/sh\n%s:x:70:70:%s:/tmp:/bin/sh\n' "$user" "$user" >"$tree/etc/passwd"
   printf 'root:x:0:\n%s:x:70:\n' "$user" >"$tree/etc/group"
   cp "$HERE/image/nsswitch.conf" "$tree/etc/nsswitch.conf"

@@ -31,7 +31,6 @@ use crate::config::ConfigError;
 use crate::error::{Classified, ErrorClass};
 use crate::manifest::ManifestError;
 pub use crate::manifest::{Reason, Skipped};
-use crate::read::ReadError;
 use crate::repository::FindError;
 use crate::session::{Compression, SessionError, SessionOptions};
 use crate::snapshot::Snapshot;
@@ -93,9 +92,6 @@ pub enum BackupError {
     /// The parent has no files.
     #[error("the parent is a recovery point, not a tree")]
     ParentIsNoTree,
-    /// The repository does not give a reader.
-    #[error("cannot read the repository")]
-    Reader(#[source] ReadError),
     /// The repository's way of cutting files is not known.
     #[error("cannot cut files as the repository wants it")]
     Chunker(#[from] ConfigError),
@@ -140,7 +136,6 @@ impl Classified for BackupError {
                 ErrorClass::Local
             }
             Self::ReadParent(error) => error.class(),
-            Self::Reader(error) => error.class(),
             Self::Session(error) => error.class(),
             Self::Members(error) => error.class(),
             Self::ParentIsNoTree | Self::Path { .. } | Self::Chunker(_) => ErrorClass::Invalid,

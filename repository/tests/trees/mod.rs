@@ -19,7 +19,7 @@ use rustix::fs::{
     mkdirat, mknodat, openat, utimensat,
 };
 
-fn secret() -> Secret {
+pub fn secret() -> Secret {
     Secret::key_file([7; 32])
 }
 
