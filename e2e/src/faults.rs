@@ -7,17 +7,11 @@ use crate::scenario::{INSTALLED_IN, Scenario, launcher};
 /// The nodes of the cluster.
 pub const NODES: [&str; 3] = ["n1", "n2", "n3"];
 
-/// Commands on the nodes: nothing of it goes through the API server.
-fn on_all_nodes(command: &str) -> Result<()> {
-    for node in NODES {
-        launcher(&["in-node", node, "sh", "-c", command])?;
-    }
-    Ok(())
-}
-
-/// Kills processes by the beginning of their command line. That there is none is no error: it may be dead already.
-pub fn kill(what: &str) -> Result<()> {
-    on_all_nodes(&format!("pkill -9 -f '^{what}' || [ $? -eq 1 ]"))
+/// Kills the processes of all nodes whose command line begins like this, without the API server. Returns how many died: none
+/// is no error here, since they may be dead already.
+pub fn kill(what: &str) -> Result<usize> {
+    let command = format!("pkill -9 -e -f '^{what}' || [ $? -eq 1 ]");
+    NODES.iter().map(|node| Ok(launcher(&["in-node", node, "sh", "-c", &command])?.lines().count())).sum()
 }
 
 /// At least a controller, and an agent on each of three nodes.

@@ -65,8 +65,8 @@ impl Victim {
     /// Kills it, and brings back what does not come back by itself.
     async fn die(self, s: &Scenario) -> Result<()> {
         match self {
-            Self::Controller => kill(CONTROLLER),
-            Self::Agents => kill("/lifeboat-agent run"),
+            Self::Controller => kill(CONTROLLER).map(|_| ()),
+            Self::Agents => kill("/lifeboat-agent run").map(|_| ()),
             Self::ApiServer => {
                 let dead = s.kill_api_server()?;
                 tokio::time::sleep(DEAD).await;

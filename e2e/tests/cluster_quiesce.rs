@@ -166,7 +166,8 @@ fn deleting_a_running_backup_thaws_and_leaves_nothing() {
     });
 }
 
-const FIRST: &str = "/lifeboat-agent guard .*json$";
+// The second one's command line goes on with `--second`.
+const FIRST: &str = "/lifeboat-agent guard --kubelet-dir";
 const BOTH: &str = "/lifeboat-agent guard";
 
 fn beating_app(s: &Scenario) -> Result<()> {
@@ -250,7 +251,9 @@ async fn die_while_frozen(s: &Scenario, name: &str, plan: Value, after: Duration
     let dead = s.kill_api_server()?;
     kill(CONTROLLER)?;
     let killed = Timestamp::now();
-    kill(if both { BOTH } else { FIRST })?;
+    let (guardians, there) = if both { (BOTH, 2 * NODES.len()) } else { (FIRST, NODES.len()) };
+    let died = kill(guardians)?;
+    ensure!(died == there, "{died} of {there} guardians were killed");
     tokio::time::sleep(ALLOWED + Duration::from_millis(500)).await;
     drop(dead);
     s.api_server_answers().await?;
@@ -312,7 +315,7 @@ fn a_guardian_killed_while_frozen_is_covered_by_the_second_and_the_backup_fails(
         s.start_backup("b", both_ways(&s, "60s", &json!({"matchLabels": {"app": "app"}}))).await?;
         frozen(&s, "b", 2).await?;
         let held = StoreHeld::hold()?;
-        kill(FIRST)?;
+        ensure!(kill(FIRST)? == NODES.len(), "not every first guardian was killed");
         let mut gap = 0;
         s.eventually("the application at work", async || {
             gap = longest_gap(&s, "app")?;

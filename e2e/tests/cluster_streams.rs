@@ -210,7 +210,7 @@ fn when_agent_or_guardian_dies_the_command_ends_and_the_stream_begins_anew() {
         for (name, victim) in [("agent", "/lifeboat-agent run"), ("guardian", "/lifeboat-agent guard")] {
             s.start_backup(name, plan_of(&s, json!([stream(slow)]))).await?;
             let first = runs(&s, name).await?;
-            kill(victim)?;
+            ensure!(kill(victim)? > 0, "no {name} was killed");
             is_over(&s, &first).await?;
             let backup = s.backup_succeeded(name).await?;
             let stream = stream_of(&backup)?;
