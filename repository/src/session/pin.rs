@@ -29,6 +29,13 @@ pub struct Pin {
     heart: Heart,
 }
 
+/// What came of pinning a snapshot.
+enum Attempt {
+    Done(Option<Pin>),
+    /// What the list of snapshots says of it, as it was read last, does not hold: mostly it was repacked since. Why.
+    Outdated(String),
+}
+
 /// The name under which a reader's references lie: `r/<session>/0`.
 pub(crate) fn reader_refs(session: SessionId) -> SnapshotId {
     SnapshotId(session.0)
@@ -40,28 +47,40 @@ impl Repository {
     /// `None`: the credentials may only read, or the snapshot is just about to expire. It can be read nevertheless, as
     /// long as it is there.
     pub async fn pin(&self, snapshot: &Snapshot) -> Result<Option<Pin>, SessionError> {
-        let engine = Arc::clone(&self.engine);
-        let session = SessionId::random();
-        let fail = |act| move |source: StoreError| SessionError::Store { session, act, source: Arc::new(source) };
-        let failed = |source| SessionError::Commits { session, source: Arc::new(source) };
-        // Whoever found the snapshot has just read the list of them.
-        let is_known = engine.commits.references().contains_key(&snapshot.id);
-        match if is_known { Ok(()) } else { engine.commits.refresh().await } {
+        // Whoever found the snapshot has just read the list of them, mostly.
+        let is_known = self.engine.commits.references().contains_key(&snapshot.id);
+        if is_known && let Attempt::Done(pin) = self.pin_as_known(snapshot).await? {
+            return Ok(pin);
+        }
+        match self.engine.commits.refresh().await {
             Ok(()) => {}
             Err(error @ CommitLogError::Damaged { .. }) => {
                 warn!(%error, "a read without a pin: nothing expires before this is healed");
                 return Ok(None);
             }
-            Err(error) => return Err(failed(error)),
+            Err(source) => {
+                return Err(SessionError::Commits { session: SessionId::random(), source: Arc::new(source) });
+            }
         }
-        let Some(refs) = engine.commits.references().get(&snapshot.id).copied() else { return Ok(None) };
+        match self.pin_as_known(snapshot).await? {
+            Attempt::Done(pin) => Ok(pin),
+            Attempt::Outdated(why) => {
+                warn!(snapshot = %snapshot.id, why, "a read without a pin");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Pins what the list of snapshots, as it was read last, says of this one.
+    async fn pin_as_known(&self, snapshot: &Snapshot) -> Result<Attempt, SessionError> {
+        let engine = Arc::clone(&self.engine);
+        let session = SessionId::random();
+        let fail = |act| move |source: StoreError| SessionError::Store { session, act, source: Arc::new(source) };
+        let Some(refs) = engine.commits.references().get(&snapshot.id).copied() else { return Ok(Attempt::Done(None)) };
         let set = match refset(&engine, snapshot.id, refs.version, &refs.hash).await {
             Ok(set) => set,
             Err(ReferencesError::Store(error)) => return Err(fail("read the references of the snapshot")(error)),
-            Err(error) => {
-                warn!(%error, "a read without a pin");
-                return Ok(None);
-            }
+            Err(error) => return Ok(Attempt::Outdated(error.to_string())),
         };
         let name = reader_refs(session);
         let bytes = set.to_bytes(name, 0, session).map_err(|_| SessionError::Seal { session, what: "a refset" })?;
@@ -71,7 +90,7 @@ impl Repository {
             Ok(_) => {}
             Err(error) if matches!(error.class(), ErrorClass::Permission | ErrorClass::Unsupported) => {
                 info!(%error, "a read without a pin: the credentials may only read");
-                return Ok(None);
+                return Ok(Attempt::Done(None));
             }
             Err(error) => return Err(fail("store what it reads")(error)),
         }
@@ -84,14 +103,18 @@ impl Repository {
         let pin = Pin { engine: Arc::clone(&engine), session, heart };
         let mask = Mask::load(&engine, registration.epoch).await.map_err(|error| marks_failed(session, error))?;
         // As a writer may not refer to what a round deletes that does not know of it, a reader cannot keep it.
-        let is_newest = newest_refs(&engine, &mask, session, &[snapshot.id]).await?.first() == Some(&refs);
-        if !is_newest || set.pack_set().iter().any(|pack| mask.packs.contains(pack)) {
-            info!(snapshot = %snapshot.id, "a read without a pin: the snapshot is about to expire, or was just repacked");
+        let newest = newest_refs(&engine, &mask, session, &[snapshot.id]).await?.first().copied();
+        if newest.is_some_and(|newest| newest != refs) {
             pin.release().await;
-            return Ok(None);
+            return Ok(Attempt::Outdated("it was repacked while it was to be pinned".to_owned()));
+        }
+        if newest.is_none() || set.pack_set().iter().any(|pack| mask.packs.contains(pack)) {
+            info!(snapshot = %snapshot.id, "a read without a pin: the snapshot is about to expire");
+            pin.release().await;
+            return Ok(Attempt::Done(None));
         }
         debug!(%session, epoch = registration.epoch, snapshot = %snapshot.id, "pinned");
-        Ok(Some(pin))
+        Ok(Attempt::Done(Some(pin)))
     }
 }
 
