@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
+use crate::changes::{Changes, Watches};
 use crate::dispatch::Dispatch;
 use crate::metrics::Metrics;
 use crate::repository::Looked;
@@ -33,6 +34,7 @@ pub(crate) struct Context {
     pub(crate) image_pull_secrets: Vec<String>,
     pub(crate) dispatch: Dispatch,
     pub(crate) looked: Looked,
+    pub(crate) watches: Watches,
     pub(crate) access: RepositoryAccess,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
@@ -78,6 +80,11 @@ impl Context {
         namespace: &str,
     ) -> Api<K> {
         Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Changes of the leases of guardians.
+    pub(crate) fn lease_changes(&self) -> Changes {
+        self.watches.leases(&self.client, &self.namespace)
     }
 
     /// Replaces the status of exactly this object, and returns the object as it is then.

@@ -24,8 +24,10 @@ use crate::context::Context;
 use crate::storage::{self, GroupKinds, Kind, error_of, text};
 use crate::task::{self, label_value};
 
-/// How often the storage is asked while the application may be frozen.
-const LOOK: Duration = Duration::from_millis(50);
+/// The storage is asked when a snapshot has changed, and at the latest after this.
+const LOOK: Duration = Duration::from_millis(250);
+/// The pause between two looks, for each volume of the backup: many snapshots change often, and each look asks for all.
+const GATHER: Duration = Duration::from_millis(5);
 /// How long one step asks before it lets the backup be looked at as a whole: its deadline, its deletion.
 const STEP: Duration = Duration::from_millis(500);
 
@@ -78,10 +80,11 @@ fn snapshot_name(uid: &str, claim: &str) -> String {
 /// to wait for, for good or bad.
 pub(super) async fn cut(run: &mut Run, context: &Context) -> Result<bool> {
     if run.status.cut_started_at.is_none() {
+        // Written down with what comes of it: the names of snapshots do not depend on it, and the application waits.
         run.status.cut_started_at = Some(Time(Timestamp::now()));
         run.set(ConditionType::Cut, State::Unknown, Reason::InProgress, "snapshots are being made");
-        run.save(context).await?;
     }
+    let mut changes = context.watches.contents(&context.client);
     let kinds =
         if groups(&run.status.volumes).is_empty() { None } else { GroupKinds::discover(&context.client).await? };
     if let Err(message) = make_all(run, kinds.as_ref(), context).await? {
@@ -90,29 +93,30 @@ pub(super) async fn cut(run: &mut Run, context: &Context) -> Result<bool> {
     let end = Instant::now() + STEP;
     loop {
         let found = look(run, kinds.as_ref(), context).await?;
-        let before = run.status.clone();
         note(&mut run.status.volumes, &found);
         let is_whole =
             !run.status.volumes.iter().any(|volume| volume.cut.as_ref().is_some_and(|cut| cut.handle.is_none()));
         if is_whole {
-            return note_whole(run, context).await.map(|()| true);
+            note_whole(run);
+            return Ok(true);
         }
         if Instant::now() >= end {
-            if run.status != before {
+            if run.backup.status.as_ref() != Some(&run.status) {
                 run.save(context).await?;
             }
             return Ok(false);
         }
-        tokio::time::sleep(LOOK).await;
+        let gather = GATHER.saturating_mul(u32::try_from(run.status.volumes.len()).unwrap_or(u32::MAX));
+        changes.next(gather.min(LOOK), LOOK).await;
     }
 }
 
-async fn note_whole(run: &mut Run, context: &Context) -> Result<()> {
+/// The thaw follows at once, and is written down together with this: a controller that dies before finds the same snapshots again.
+fn note_whole(run: &mut Run) {
     let began = run.status.cut_started_at.as_ref().map_or_else(Timestamp::now, |began| began.0);
     run.status.cut_millis = u64::try_from(Timestamp::now().duration_since(began).as_millis()).ok();
     info!(millis = run.status.cut_millis, "snapshots are made");
     run.set(ConditionType::Cut, State::True, Reason::Done, "every snapshot is made");
-    run.save(context).await
 }
 
 async fn note_failure(run: &mut Run, context: &Context, message: String) -> Result<()> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use futures::future::try_join_all;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
@@ -38,8 +38,8 @@ const PAUSES: &[Duration] = &[
 ];
 /// Pauses when all that is left is refused for what it is or by a rule, which seldom changes.
 const PAUSES_IF_INVALID: usize = 3;
-/// Objects of a wave that are created at once.
-const AT_ONCE: usize = 16;
+/// Objects of a wave that are created at once: the API server writes down together what comes together.
+const AT_ONCE: usize = 48;
 /// Problems that the status lists.
 const SHOWN_PROBLEMS: usize = 30;
 
@@ -150,13 +150,13 @@ impl Places<'_> {
     async fn round(&self, left: Vec<Captured>, counts: &mut ObjectsRestoreStatus) -> Result<Vec<(Captured, Refused)>> {
         let mut refused = Vec::new();
         for wave in left.chunk_by(|one, other| order(one) == order(other)) {
-            for batch in wave.chunks(AT_ONCE) {
-                let outcomes = try_join_all(batch.iter().map(|captured| self.put(captured))).await?;
-                refused.extend(batch.iter().zip(outcomes).filter_map(|(captured, outcome)| {
-                    let why = count(counts, captured, outcome)?;
-                    Some((captured.clone(), why))
-                }));
-            }
+            // As a list of boxes, or the compiler does not see that each lives as long as its object.
+            let puts: Vec<_> = wave.iter().map(|captured| self.put(captured).boxed()).collect();
+            let outcomes: Vec<_> = stream::iter(puts).buffered(AT_ONCE).try_collect().await?;
+            refused.extend(wave.iter().zip(outcomes).filter_map(|(captured, outcome)| {
+                let why = count(counts, captured, outcome)?;
+                Some((captured.clone(), why))
+            }));
         }
         Ok(refused)
     }

@@ -1,6 +1,6 @@
 //! Which recovery point is brought back, and whether anything stands in its way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -8,8 +8,8 @@ use futures::TryStreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::Api;
-use kube::api::DynamicObject;
+use kube::api::{DynamicObject, ListParams};
+use kube::{Api, ResourceExt};
 use lifeboat_crds::backup::{Phase, PinnedRepository};
 use lifeboat_crds::conditions::{ConditionType, Reason, State};
 use lifeboat_crds::restore::{
@@ -35,6 +35,10 @@ use crate::storage::Storage;
 /// A restore waits this long for a repository that is not ready.
 const REPOSITORY_PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(5);
 const PAUSE: Duration = Duration::from_secs(5);
+/// So many objects of a resource are asked for by name; when there are more, the names that exist are listed.
+const FEW: usize = 4;
+/// Names asked for at once.
+const PAGE: u32 = 500;
 
 /// One object as it was captured.
 #[derive(Debug, Clone)]
@@ -183,12 +187,14 @@ async fn obstacle(
     if run.restore.spec.existing.resources != ExistingResources::Fail {
         return Ok(None);
     }
+    let mut of_resources: BTreeMap<String, Vec<&Captured>> = BTreeMap::new();
     for captured in objects.iter().filter(|captured| !captured.cluster) {
-        let Some(resource) = resources.find(captured) else { continue };
-        let api: Api<DynamicObject> = Api::namespaced_with(context.client.clone(), &run.namespace, resource);
-        if api.get_opt(&captured.name).await.context("cannot look for an existing object")?.is_some() {
-            existing.push(captured.shown());
-        }
+        of_resources.entry(captured.resource.folder()).or_default().push(captured);
+    }
+    for of_one in of_resources.into_values() {
+        let Some(resource) = resources.find(of_one[0]) else { continue };
+        let api = Api::namespaced_with(context.client.clone(), &run.namespace, resource);
+        existing.extend(that_exist(&api, &of_one).await?.map(Captured::shown));
     }
     if existing.is_empty() {
         return Ok(None);
@@ -198,6 +204,31 @@ async fn obstacle(
         Reason::ObjectExists,
         format!("these objects exist and spec.existing.resources is Fail: {}", existing.join(", ")),
     )))
+}
+
+/// Those of the captured objects of one resource that are there.
+async fn that_exist<'a>(
+    api: &Api<DynamicObject>,
+    captured: &'a [&'a Captured],
+) -> Result<impl Iterator<Item = &'a Captured>> {
+    let mut found = BTreeSet::new();
+    if captured.len() <= FEW {
+        for one in captured {
+            let there = api.get_metadata_opt(&one.name).await.context("cannot look for an existing object")?;
+            found.extend(there.map(|there| there.name_any()));
+        }
+    } else {
+        let mut list = ListParams::default().limit(PAGE);
+        loop {
+            let page = api.list_metadata(&list).await.context("cannot list existing objects")?;
+            found.extend(page.items.iter().map(ResourceExt::name_any));
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => list = ListParams::default().limit(PAGE).continue_token(&token),
+                None => break,
+            }
+        }
+    }
+    Ok(captured.iter().copied().filter(move |one| found.contains(&one.name)))
 }
 
 async fn refuse(run: &mut Run, context: &Context, refusal: Refusal) -> Result<Option<Duration>> {

@@ -10,7 +10,7 @@ for folder in /dev/shm /tmp /var/tmp /run; do
     # Long after its end nothing of it is left but the file: its processes were killed.
     if [ "$now" -gt $(($(cat "$state.held" 2>/dev/null || echo "$now") + 3000)) ]; then rm -f "$state".*; break; fi
     [ "$now" -lt "$until" ] || exit 94
-    sleep 0.05 2>/dev/null || sleep 1
+    sleep 0.02 2>/dev/null || sleep 1
   done
 done
 exit 0

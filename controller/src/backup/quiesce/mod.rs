@@ -30,8 +30,10 @@ use super::Run;
 use crate::context::Context;
 
 const DEFAULT_MAX_FREEZE: Duration = Duration::from_mins(1);
-/// How often leases are looked at.
-const LOOK: Duration = Duration::from_millis(50);
+/// Leases are looked at when one has changed, and at the latest after this.
+const LOOK: Duration = Duration::from_millis(250);
+/// Leases that change together are looked at together.
+const TOGETHER: Duration = Duration::from_millis(5);
 /// A guardian that does not take a lease within this time does not take it at all.
 const UNTAKEN: Duration = Duration::from_secs(5);
 /// A guardian tells within this time that it let go; then its work is done without it.
@@ -183,9 +185,10 @@ async fn wait_for_guardians<'a>(
     context: &Context,
 ) -> Result<Vec<(&'a Target, Failure)>> {
     let began = tokio::time::Instant::now();
+    let mut changes = context.lease_changes();
     let mut waiting = targets.to_vec();
     let mut failed = Vec::new();
-    while !waiting.is_empty() && failed.is_empty() {
+    loop {
         let leases = leases::of_backup(uid, context).await?;
         waiting.retain(|target| {
             let name = leases::name(uid, target.step, &target.pod_uid, &target.container);
@@ -205,9 +208,11 @@ async fn wait_for_guardians<'a>(
             failed.push((*target, failure));
             false
         });
-        tokio::time::sleep(LOOK).await;
+        if waiting.is_empty() || !failed.is_empty() {
+            return Ok(failed);
+        }
+        changes.next(TOGETHER, LOOK).await;
     }
-    Ok(failed)
 }
 
 fn why_not(status: &QuiesceLeaseStatus) -> Failure {
@@ -283,6 +288,7 @@ async fn let_go(run: &Run, workload: &mut QuiescedWorkload, context: &Context) -
         });
     }
     let end = tokio::time::Instant::now() + THAW_PATIENCE;
+    let mut changes = context.lease_changes();
     loop {
         let leases = leases::of_backup(&run.uid, context).await?;
         let Some(lease) = leases.get(&token) else {
@@ -309,7 +315,7 @@ async fn let_go(run: &Run, workload: &mut QuiescedWorkload, context: &Context) -
                     },
                 );
             }
-            _ => tokio::time::sleep(LOOK).await,
+            _ => changes.next(TOGETHER, LOOK).await,
         }
     }
 }

@@ -1,0 +1,101 @@
+//! Wakes a step that waits for another process as soon as that has changed an object.
+//!
+//! A signal and nothing more: whoever waits reads the objects anew, and looks by himself too, since a watch may be interrupted.
+
+use std::fmt::Debug;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use futures::StreamExt;
+use kube::core::PartialObjectMeta;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Resource};
+use lifeboat_crds::QuiesceLease;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tracing::debug;
+
+use crate::storage;
+
+/// Watches that are opened when they are first asked for and stay open.
+#[derive(Debug, Default)]
+pub(crate) struct Watches {
+    leases: OnceLock<watch::Sender<()>>,
+    contents: OnceLock<watch::Sender<()>>,
+}
+
+impl Watches {
+    /// Changes of `QuiesceLease`s in Lifeboat's namespace.
+    pub(crate) fn leases(&self, client: &Client, namespace: &str) -> Changes {
+        let open = || open(Api::<PartialObjectMeta<QuiesceLease>>::namespaced(client.clone(), namespace));
+        Changes(self.leases.get_or_init(open).subscribe())
+    }
+
+    /// Changes of the snapshots that the storage made.
+    pub(crate) fn contents(&self, client: &Client) -> Changes {
+        Changes(self.contents.get_or_init(|| open(storage::contents(client))).subscribe())
+    }
+}
+
+/// Follows a kind for as long as this process lives; nothing of the objects is kept.
+fn open<K>(api: Api<K>) -> watch::Sender<()>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+    K::DynamicType: Clone,
+{
+    let (sender, _) = watch::channel(());
+    let teller = sender.clone();
+    tokio::spawn(async move {
+        let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(_) => {
+                    teller.send_replace(());
+                }
+                Err(error) => debug!(%error, "a watch was interrupted; it is opened again"),
+            }
+        }
+    });
+    sender
+}
+
+/// Changes since these were last waited for.
+pub(crate) struct Changes(watch::Receiver<()>);
+
+impl Changes {
+    /// Returns when something has changed since the last call: not within `at_least`, for which a burst is gathered, and `at_most`
+    /// after this call.
+    pub(crate) async fn next(&mut self, at_least: Duration, at_most: Duration) {
+        tokio::time::sleep(at_least).await;
+        let changed = async {
+            // Nobody is left to tell of changes: then the time alone counts.
+            if self.0.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let _ = tokio::time::timeout(at_most.saturating_sub(at_least), changed).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_wakes_even_if_it_came_before_the_wait_and_time_does_without_one() {
+        let (teller, receiver) = watch::channel(());
+        let mut changes = Changes(receiver);
+        let (short, long) = (Duration::from_millis(5), Duration::from_secs(1));
+        teller.send_replace(());
+        let began = Instant::now();
+        changes.next(short, long).await;
+        assert_eq!(began.elapsed(), short);
+        changes.next(short, long).await;
+        assert_eq!(began.elapsed(), short + long, "the change was told once");
+        drop(teller);
+        changes.next(short, long).await;
+        assert_eq!(began.elapsed(), short + 2 * long, "without a teller it does not spin");
+    }
+}
