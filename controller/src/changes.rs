@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures::StreamExt;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::core::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource};
@@ -20,43 +22,74 @@ use crate::storage;
 /// Watches that are opened when they are first asked for and stay open.
 #[derive(Debug, Default)]
 pub(crate) struct Watches {
-    leases: OnceLock<watch::Sender<()>>,
-    contents: OnceLock<watch::Sender<()>>,
+    leases: OnceLock<Signal>,
+    contents: OnceLock<Signal>,
+    exposures: OnceLock<Signal>,
 }
 
 impl Watches {
     /// Changes of `QuiesceLease`s in Lifeboat's namespace.
     pub(crate) fn leases(&self, client: &Client, namespace: &str) -> Changes {
-        let open = || open(Api::<PartialObjectMeta<QuiesceLease>>::namespaced(client.clone(), namespace));
-        Changes(self.leases.get_or_init(open).subscribe())
+        self.leases.get_or_init(|| Signal::silent().on(names::<QuiesceLease>(client, namespace))).changes()
     }
 
     /// Changes of the snapshots that the storage made.
     pub(crate) fn contents(&self, client: &Client) -> Changes {
-        Changes(self.contents.get_or_init(|| open(storage::contents(client))).subscribe())
+        self.contents.get_or_init(|| Signal::silent().on(storage::contents(client))).changes()
+    }
+
+    /// Changes of what makes snapshots readable, in Lifeboat's namespace: snapshots, claims and pods.
+    pub(crate) fn exposures(&self, client: &Client, namespace: &str) -> Changes {
+        let open = || {
+            Signal::silent()
+                .on(storage::snapshots(client, namespace))
+                .on(names::<PersistentVolumeClaim>(client, namespace))
+                .on(names::<Pod>(client, namespace))
+        };
+        self.exposures.get_or_init(open).changes()
     }
 }
 
-/// Follows a kind for as long as this process lives; nothing of the objects is kept.
-fn open<K>(api: Api<K>) -> watch::Sender<()>
-where
-    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
-    K::DynamicType: Clone,
-{
-    let (sender, _) = watch::channel(());
-    let teller = sender.clone();
-    tokio::spawn(async move {
-        let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
-        while let Some(event) = events.next().await {
-            match event {
-                Ok(_) => {
-                    teller.send_replace(());
+/// The objects of a namespace without their content.
+fn names<K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>>(
+    client: &Client,
+    namespace: &str,
+) -> Api<PartialObjectMeta<K>> {
+    Api::namespaced(client.clone(), namespace)
+}
+
+/// Follows kinds for as long as this process lives; nothing of the objects is kept.
+#[derive(Debug)]
+struct Signal(watch::Sender<()>);
+
+impl Signal {
+    fn silent() -> Self {
+        Self(watch::channel(()).0)
+    }
+
+    fn on<K>(self, api: Api<K>) -> Self
+    where
+        K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+        K::DynamicType: Clone,
+    {
+        let teller = self.0.clone();
+        tokio::spawn(async move {
+            let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
+            while let Some(event) = events.next().await {
+                match event {
+                    Ok(_) => {
+                        teller.send_replace(());
+                    }
+                    Err(error) => debug!(%error, "a watch was interrupted; it is opened again"),
                 }
-                Err(error) => debug!(%error, "a watch was interrupted; it is opened again"),
             }
-        }
-    });
-    sender
+        });
+        self
+    }
+
+    fn changes(&self) -> Changes {
+        Changes(self.0.subscribe())
+    }
 }
 
 /// Changes since these were last waited for.

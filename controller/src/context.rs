@@ -87,6 +87,11 @@ impl Context {
         self.watches.leases(&self.client, &self.namespace)
     }
 
+    /// Changes of what makes snapshots readable.
+    pub(crate) fn exposure_changes(&self) -> Changes {
+        self.watches.exposures(&self.client, &self.namespace)
+    }
+
     /// Replaces the status of exactly this object, and returns the object as it is then.
     pub(crate) async fn write_status<K, S>(&self, object: &K, status: &S) -> Result<K>
     where

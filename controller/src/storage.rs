@@ -159,6 +159,11 @@ pub(crate) fn text<'a>(data: &'a Value, pointer: &str) -> &'a str {
     data.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
+/// Whether volumes can be made of a snapshot.
+pub(crate) fn is_ready(snapshot: &DynamicObject) -> bool {
+    snapshot.data.pointer("/status/readyToUse") == Some(&Value::Bool(true))
+}
+
 /// What a snapshot object's status says about an error.
 pub(crate) fn error_of(object: &DynamicObject) -> Option<&str> {
     object.data.pointer("/status/error/message").and_then(Value::as_str)

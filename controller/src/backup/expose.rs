@@ -4,7 +4,9 @@
 //! Nothing of it lies in the application's namespace: not its quota, its selectors, its policies.
 
 use anyhow::{Context as _, Result};
+use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::DynamicObject;
 use kube::{Api, ResourceExt};
 use lifeboat_crds::VolumeTask;
@@ -93,12 +95,13 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
 pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<()> {
     let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
     let before = run.status.clone();
-    for number in 0..run.status.volumes.len() {
+    let is_due =
+        |volume: &VolumeBackupStatus| volume.dispatched_at.is_some() && decide::is_unexposed(&run.uid, volume, &tasks);
+    let due: Vec<_> = (0..run.status.volumes.len()).filter(|at| is_due(&run.status.volumes[*at])).collect();
+    let all = try_join_all(due.iter().map(|at| mounted(run, context, &run.status.volumes[*at]))).await?;
+    for (number, found) in due.into_iter().zip(all) {
         let volume = &run.status.volumes[number];
-        if volume.dispatched_at.is_none() || !decide::is_unexposed(&run.uid, volume, &tasks) {
-            continue;
-        }
-        match mounted(run, context, volume).await? {
+        match found {
             Ok((pod, mount)) => {
                 let node = pod.spec.and_then(|spec| spec.node_name).unwrap_or_default();
                 match order(run, context, volume, &node, mount.clone()).await? {
@@ -130,8 +133,6 @@ async fn mounted(
 ) -> Result<Result<(Pod, MountedVolume), String>> {
     let wanted = exposure(run, context, volume)?;
     let snapshots = storage::snapshots(&context.client, &context.namespace);
-    let claims = context.namespaced::<PersistentVolumeClaim>(&context.namespace);
-    let pods = context.namespaced::<Pod>(&context.namespace);
     if let Err(why) = make(&storage::contents(&context.client), &wanted.content, &run.uid).await? {
         return Ok(Err(refused(&why)));
     }
@@ -139,10 +140,21 @@ async fn mounted(
         Ok(snapshot) => snapshot,
         Err(why) => return Ok(Err(refused(&why))),
     };
+    // Asked for a copy of a snapshot that is not ready, provisioners try again only after a second or more.
+    if !storage::is_ready(&snapshot) {
+        return Ok(Err(waits_for(&snapshot, None)));
+    }
+    let claims = context.namespaced::<PersistentVolumeClaim>(&context.namespace);
+    let pods = context.namespaced::<Pod>(&context.namespace);
     let claim = match make(&claims, &wanted.claim, &run.uid).await? {
         Ok(claim) => claim,
         Err(why) => return Ok(Err(refused(&why))),
     };
+    let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
+    // And so do schedulers with a pod whose volume is not there, unless it is the pod that the volume waits for.
+    if bound.is_none() && !waits_for_pod(context, &claim).await? {
+        return Ok(Err("waiting until the storage has copied the snapshot".to_owned()));
+    }
     let pod = match make(&pods, &wanted.pod, &run.uid).await? {
         Ok(pod) => pod,
         Err(why) => return Ok(Err(refused(&why))),
@@ -152,10 +164,9 @@ async fn mounted(
         warn!(claim = volume.claim, phase, "the pod that was to mount a snapshot ended; it is made again");
         remove(&pods, &pod).await?;
     }
-    let bound = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
     let is_up = phase == "Running" && pod.metadata.deletion_timestamp.is_none();
     let Some(bound) = bound.filter(|_| is_up) else {
-        return Ok(Err(waits_for(&snapshot, &pod)));
+        return Ok(Err(waits_for(&snapshot, Some(&pod))));
     };
     let mount = MountedVolume {
         namespace: run.namespace.clone(),
@@ -169,15 +180,24 @@ async fn mounted(
     Ok(Ok((pod, mount)))
 }
 
+/// Whether the volume of a claim is made only for a pod that has a node.
+async fn waits_for_pod(context: &Context, claim: &PersistentVolumeClaim) -> Result<bool> {
+    let name = claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_deref()).unwrap_or_default();
+    let classes: Api<StorageClass> = Api::all(context.client.clone());
+    let class = classes.get_opt(name).await.context("cannot read a storage class")?;
+    Ok(class.is_none_or(|class| class.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer")))
+}
+
 fn refused(why: &str) -> String {
     format!("what makes the snapshot readable was refused: {why}")
 }
 
 /// What stands between a snapshot and its reading, in words for the status.
-fn waits_for(snapshot: &DynamicObject, pod: &Pod) -> String {
+fn waits_for(snapshot: &DynamicObject, pod: Option<&Pod>) -> String {
     if let Some(error) = error_of(snapshot) {
         return format!("the snapshot cannot be read yet: {error}");
     }
+    let Some(pod) = pod else { return "waiting until the snapshot is ready".to_owned() };
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let unscheduled = conditions
         .filter(|condition| condition.type_ == "PodScheduled" && condition.status == "False")

@@ -60,8 +60,10 @@ const TASK_LIMIT: jiff::SignedDuration = jiff::SignedDuration::from_hours(4);
 const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// While an application may be frozen.
 const SOON: Duration = Duration::from_millis(20);
-/// While snapshots are mounted or their mounts removed, which nothing tells about.
+/// While snapshots are mounted or their mounts removed, which nothing need tell about.
 const MOUNT_PAUSE: Duration = Duration::from_millis(500);
+/// What is told about mounts within this time is looked at together.
+const MOUNTS_GATHERED: Duration = Duration::from_millis(50);
 
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
@@ -215,12 +217,18 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             }
         }
         Step::Expose => {
+            let mut changes = context.exposure_changes();
             let pause = turn::dispatch(run, context).await?;
             if conditions::is_finished(&run.status.conditions) {
                 return Ok(Next::Look);
             }
+            if let Some(pause) = pause {
+                return Ok(Next::Wait(pause));
+            }
             Box::pin(expose::expose(run, context)).await?;
-            return Ok(Next::Wait(pause.unwrap_or(MOUNT_PAUSE)));
+            // The next look reads the object anew: it may be deleted meanwhile.
+            changes.next(MOUNTS_GATHERED, MOUNT_PAUSE).await;
+            return Ok(Next::Wait(SOON));
         }
         Step::Dump => streams::start(run, context).await?,
         Step::Renew(claim) => expose::renew(run, context, &claim).await?,

@@ -34,6 +34,8 @@ const FORGOTTEN: Duration = Duration::from_mins(1);
 const UNSEEN: Duration = Duration::from_secs(15);
 /// Nodes and agents are listed this often at most.
 const NODES_AGE: Duration = Duration::from_secs(10);
+/// What a volume says about nodes is read this often at most: it changes seldom, and who waits asks often.
+const VOLUME_AGE: Duration = Duration::from_mins(1);
 /// The next to have a turn ask again after this,
 const NEXT_PAUSE: Duration = Duration::from_secs(1);
 /// those behind them later, by this much each,
@@ -75,6 +77,8 @@ pub(crate) struct Dispatch {
     pub(crate) repositories: OnceLock<Store<ClusterRepository>>,
     queue: Mutex<Queue>,
     nodes: tokio::sync::Mutex<Option<(Instant, Nodes)>>,
+    /// Volumes that are bound to nodes, `None` for others, as they were read lately.
+    volumes: Mutex<BTreeMap<String, (Instant, Option<PersistentVolume>)>>,
 }
 
 impl Dispatch {
@@ -88,6 +92,7 @@ impl Dispatch {
             repositories: OnceLock::new(),
             queue: Mutex::default(),
             nodes: tokio::sync::Mutex::default(),
+            volumes: Mutex::default(),
         }
     }
 
@@ -132,13 +137,28 @@ impl Dispatch {
 
     /// Where a snapshot can be read: where the volume can be that it was cut from.
     pub(crate) async fn place_of(&self, context: &Context, volume: &str) -> Result<Place> {
-        let volumes: Api<PersistentVolume> = Api::all(context.client.clone());
-        let found = volumes.get_opt(volume).await.context("cannot read a persistent volume")?;
-        let Some(volume) = found.filter(topology::is_bound_to_nodes) else { return Ok(Place::Anywhere) };
+        let Some(volume) = self.bound_to_nodes(context, volume).await? else { return Ok(Place::Anywhere) };
         let nodes = self.nodes(context).await?;
         Ok(Place::Among(
             nodes.iter().filter(|node| topology::is_reachable(&volume, node)).map(ResourceExt::name_any).collect(),
         ))
+    }
+
+    /// The volume of this name, if it says anything about nodes.
+    async fn bound_to_nodes(&self, context: &Context, name: &str) -> Result<Option<PersistentVolume>> {
+        let lock = || self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, volume)) = lock().get(name)
+            && at.elapsed() < VOLUME_AGE
+        {
+            return Ok(volume.clone());
+        }
+        let volumes: Api<PersistentVolume> = Api::all(context.client.clone());
+        let found = volumes.get_opt(name).await.context("cannot read a persistent volume")?;
+        let found = found.filter(topology::is_bound_to_nodes);
+        let mut known = lock();
+        known.retain(|_, (at, _)| at.elapsed() < VOLUME_AGE);
+        known.insert(name.to_owned(), (Instant::now(), found.clone()));
+        Ok(found)
     }
 
     async fn running(&self) -> Result<Vec<Running>> {

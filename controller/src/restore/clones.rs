@@ -55,7 +55,7 @@ fn is_usable(snapshot: &DynamicObject, backup_uid: &str, groups: &BTreeSet<Strin
         || snapshot.owner_references().iter().any(|owner| groups.contains(&owner.uid));
     is_ours
         && snapshot.metadata.deletion_timestamp.is_none()
-        && snapshot.data.pointer("/status/readyToUse") == Some(&Value::Bool(true))
+        && storage::is_ready(snapshot)
         && !text(&snapshot.data, "/status/boundVolumeSnapshotContentName").is_empty()
 }
 
