@@ -236,6 +236,24 @@ async fn what_a_reader_pinned_stays_until_it_is_done() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_snapshot_that_was_repacked_since_it_was_found_is_pinned_as_it_is_now() {
+    let (store, repository) = made().await;
+    let old = back_up(&repository, "a", &files(&[1, 2, 3, 4, 5, 6, 7, 8])).await;
+    let kept = back_up(&repository, "a", &files(&[2])).await;
+    let reader_of = open(store.clone()).await;
+    let found = reader_of.find(&kept.id.to_string()).await.unwrap();
+    repository.forget(&[old.id]).await.unwrap();
+    expire(&repository, impatient()).await;
+    repository.engine.commits.refresh().await.unwrap();
+    assert!(repository.engine.commits.references()[&kept.id].version > 0, "it was not repacked");
+    let pin = reader_of.pin(&found).await.unwrap().unwrap();
+    repository.forget(&[kept.id]).await.unwrap();
+    expire(&repository, impatient()).await;
+    assert!(read_all(&reader_of, &found).await == files(&[2]));
+    pin.release().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_reader_sees_that_its_pin_was_ended_and_leaves_few_heartbeats() {
     let (store, repository) = made().await;
     let snapshot = back_up(&repository, "a", &files(&[1])).await;
