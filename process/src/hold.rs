@@ -8,6 +8,7 @@ use std::time::Duration;
 const HOLD: &str = include_str!("hold/hold.sh");
 const AWAIT: &str = include_str!("hold/await.sh");
 const RELEASE: &str = include_str!("hold/release.sh");
+const VOICE: &str = include_str!("hold/voice.sh");
 const COMMANDS: &str = include_str!("hold/commands.sh");
 
 /// The exit code of a pair of commands whose thaw failed three times.
@@ -86,6 +87,12 @@ pub fn await_frozen(token: &str, end: Until) -> Vec<String> {
 /// Lets go and waits until that is done. Ends well also when nothing is held.
 pub fn release(token: &str, patience: Duration) -> Vec<String> {
     shell(RELEASE, [token.to_owned(), hundredths(patience).to_string()])
+}
+
+/// Does what [`await_frozen`] and [`release`] do, as one process that is there before either is needed: it prints `frozen` as soon
+/// as the application is at rest, and tells it to let go when it is given a line.
+pub fn voice(token: &str, end: Until) -> Vec<String> {
+    shell(VOICE, [token.to_owned(), end.word()])
 }
 
 /// A pair of commands as one command that holds.
@@ -168,6 +175,31 @@ mod tests {
         let output = held.wait_with_output().unwrap();
         assert_eq!((output.status.code(), Said::read(&output.stdout)), (Some(0), Said::default()));
         assert!(run(&release(&token, GRACE)).status.success(), "nothing is held");
+    }
+
+    #[test]
+    fn a_voice_says_that_the_application_is_at_rest_and_hands_on_the_word_to_let_go() {
+        use std::io::{BufRead, BufReader, Write};
+
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().join("frozen").to_string_lossy().into_owned();
+        let pair = commands(Some(&words(&["touch", &name])), Some(&words(&["rm", &name])));
+        let token = token("voice");
+        let (command, unheard) = (voice(&token, in_seconds(20)), voice("nobody", in_millis(50)));
+        let mut voice = Command::new(&command[0]);
+        let mut voice = voice.args(&command[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let held = start(&hold(&token, in_seconds(20), GRACE, &pair));
+        let mut said = String::new();
+        BufReader::new(voice.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        assert_eq!(said, "frozen\n");
+        assert!(folder.path().join("frozen").exists());
+        let mut input = voice.stdin.take().unwrap();
+        input.write_all(b"release\n").unwrap();
+        assert!(held.wait_with_output().unwrap().status.success());
+        assert!(!folder.path().join("frozen").exists());
+        assert!(voice.wait().unwrap().success(), "it ends with what is held, its input open or not");
+
+        assert_eq!(run(&unheard).status.code(), Some(93));
     }
 
     #[test]

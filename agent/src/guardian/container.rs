@@ -5,10 +5,12 @@ use std::time::Duration;
 use lifeboat_crds::quiesce_lease::{CommandPair, LeaseEnd, Watchdog};
 use lifeboat_process::hold::{self, Said, Until};
 use lifeboat_process::telemetry::chain;
+use tracing::warn;
 
 use super::cri::{Containers, CriError, Ended};
 use super::intent::{Locked, Thaw};
 use super::keeper::{Guardian, Lease, Outcome, deadline, timed_out, until_let_go};
+use super::voice::{self, Voice};
 
 /// A session that was told to let go has this long before it is killed.
 const SESSION_GRACE: Duration = Duration::from_secs(3);
@@ -89,20 +91,38 @@ async fn held<C: Containers>(guardian: &Guardian<C>, lease: &Lease<'_>, command:
         Ok(container) => container,
         Err(error) => return Held::Never(never(&error), None),
     };
+    let held = held_in(guardian, lease, &container, command, grace).await;
+    if let Err(error) = voice::end(&guardian.containers, &container, lease.name).await {
+        // It ends with what it spoke to.
+        warn!(pod = lease.workload.pod, %error, "a process of ours may be left in a container for a moment");
+    }
+    held
+}
+
+async fn held_in<C: Containers>(
+    guardian: &Guardian<C>,
+    lease: &Lease<'_>,
+    container: &str,
+    command: &[String],
+    grace: Duration,
+) -> Held {
     let token = lease.name;
-    let thaw = Thaw::Held { container: container.clone(), token: token.to_owned() };
+    let thaw = Thaw::Held { container: container.to_owned(), token: token.to_owned() };
     let intent = match guardian.announce(lease, thaw) {
         Ok(intent) => intent,
         Err(outcome) => return Held::Never(outcome, None),
     };
     let hold = hold::hold(token, Until::At(lease.boot_end), grace, command);
-    let session = guardian.containers.exec(&container, &hold);
+    let mut voice = Voice::new(&guardian.containers, container, token);
+    // The application works on meanwhile. Without a voice it goes as well.
+    let _ = tokio::time::timeout_at(lease.give_up, voice.begin(Until::At(lease.boot_end))).await;
+    lease.begins();
+    let session = guardian.containers.exec(container, &hold);
     tokio::pin!(session);
-    let wait = hold::await_frozen(token, Until::At(lease.boot_end));
     let frozen = tokio::select! {
         biased;
-        ended = &mut session => return never_at_rest(guardian, lease, &container, intent, ended).await,
-        answer = guardian.containers.exec(&container, &wait) => matches!(answer, Ok(Ended { code: 0, .. })),
+        ended = &mut session => return never_at_rest(guardian, lease, container, intent, ended).await,
+        frozen = voice.until_frozen(Until::At(lease.boot_end)) => frozen,
         () = tokio::time::sleep_until(lease.give_up) => false,
         () = lease.released.cancelled() => false,
     };
@@ -119,14 +139,18 @@ async fn held<C: Containers>(guardian: &Guardian<C>, lease: &Lease<'_>, command:
     let was_released = lease.released.is_cancelled();
     let ended = match reached {
         Some(ended) => Some(ended),
-        None => let_go(guardian, lease, &container, &mut session, grace).await,
+        None => let_go(voice, &mut session, grace).await,
     };
     let Some(Ok(ended)) = ended else {
         // The runtime lost the command, or it does not end: its own watchdog lets go, and this waits for that.
-        release_until_done(guardian, lease, &container, grace).await;
+        release_until_done(guardian, lease, container, grace).await;
         let message = "the container runtime lost the command that held the application";
         return Held::Ended(Outcome::new(LeaseEnd::SessionLost, message), true, intent);
     };
+    let is_thawed = ended.code == 0 || !frozen && ended.code != hold::THAW_FAILED;
+    if is_thawed {
+        lease.is_over();
+    }
     let said = Said::read(&ended.stdout);
     let failed = |what: &str| format!("{what}: exit code {}{}", ended.code, with(&said.words));
     let outcome = match (frozen, ended.code, said.is_late) {
@@ -137,7 +161,7 @@ async fn held<C: Containers>(guardian: &Guardian<C>, lease: &Lease<'_>, command:
         (true, 0, false) if let_go_by_us => deadline(),
         (true, ..) => Outcome::new(LeaseEnd::SessionLost, failed("the command that held the application ended badly")),
     };
-    Held::Ended(outcome, ended.code == 0 || !frozen && ended.code != hold::THAW_FAILED, intent)
+    Held::Ended(outcome, is_thawed, intent)
 }
 
 /// Why a command ended before the application was at rest.
@@ -178,17 +202,12 @@ fn with(words: &str) -> String {
 
 /// Tells the command to let go and waits until it has ended. `None`: it does not end.
 async fn let_go<C: Containers>(
-    guardian: &Guardian<C>,
-    lease: &Lease<'_>,
-    container: &str,
+    mut voice: Voice<'_, C>,
     session: &mut (impl Future<Output = Result<Ended, CriError>> + Unpin),
     grace: Duration,
 ) -> Option<Result<Ended, CriError>> {
-    let release = hold::release(lease.name, grace);
     let telling = async {
-        while let Err(CriError::Unreachable(_)) = guardian.containers.exec(container, &release).await {
-            tokio::time::sleep(AGAIN).await;
-        }
+        voice.release(grace, AGAIN).await;
         // It has let go; the runtime's answer follows.
         tokio::time::sleep(ANSWER).await;
     };
@@ -272,6 +291,7 @@ async fn keep_from_outside<C: Containers>(guardian: &Guardian<C>, lease: &Lease<
         Ok(intent) => intent,
         Err(outcome) => return outcome,
     };
+    lease.begins();
     let freezing = async {
         match &pair.freeze {
             Some(freeze) => guardian.containers.exec(&container, freeze).await,

@@ -3,6 +3,7 @@
 //! Nothing here speaks to the API server; what happens is handed to a reporter that does.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -57,9 +58,32 @@ pub(crate) struct Lease<'a> {
     pub(crate) timeout: Duration,
     pub(crate) released: &'a CancellationToken,
     report: &'a watch::Sender<QuiesceLeaseStatus>,
+    times: &'a Times,
+}
+
+/// When a workload was brought to rest and let go.
+#[derive(Debug, Default)]
+struct Times {
+    begun: OnceLock<Instant>,
+    over: OnceLock<Instant>,
 }
 
 impl Lease<'_> {
+    /// What follows may bring the workload to rest.
+    pub(crate) fn begins(&self) {
+        self.times.begun.get_or_init(Instant::now);
+        // Told with the next that is: a write now would be in its way.
+        self.report.send_if_modified(|status| {
+            status.frozen_at = Some(Time(jiff::Timestamp::now()));
+            false
+        });
+    }
+
+    /// The workload has been let go: what still follows is for us.
+    pub(crate) fn is_over(&self) {
+        self.times.over.get_or_init(Instant::now);
+    }
+
     /// The workload is at rest.
     pub(crate) fn is_frozen(&self, watchdog: Watchdog) {
         info!(pod = self.workload.pod, container = self.workload.container, ?watchdog, "frozen");
@@ -91,9 +115,11 @@ impl<C: Containers> Guardian<C> {
         report: &watch::Sender<QuiesceLeaseStatus>,
     ) {
         let began = Instant::now();
-        report.send_modify(|status| status.frozen_at = Some(Time(jiff::Timestamp::now())));
-        let outcome = self.freeze_and_thaw(name, spec, began, released, report).await;
-        let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let times = Times::default();
+        let outcome = self.freeze_and_thaw(name, spec, began, released, report, &times).await;
+        let over = times.over.get().copied().unwrap_or_else(Instant::now);
+        let rest = times.begun.get().map_or(Duration::ZERO, |begun| over.duration_since(*begun));
+        let millis = u64::try_from(rest.as_millis()).unwrap_or(u64::MAX);
         info!(pod = spec.workload.pod, container = spec.workload.container, end = ?outcome.end, millis, "thawed");
         report.send_modify(|status| {
             status.phase = Some(LeasePhase::Thawed);
@@ -110,6 +136,7 @@ impl<C: Containers> Guardian<C> {
         began: Instant,
         released: &CancellationToken,
         report: &watch::Sender<QuiesceLeaseStatus>,
+        times: &Times,
     ) -> Outcome {
         let limit = Duration::from_millis(spec.limit_millis);
         // Two clocks may differ; the application waits no longer than by either.
@@ -133,6 +160,7 @@ impl<C: Containers> Guardian<C> {
             timeout,
             released,
             report,
+            times,
         };
         match &spec.action {
             QuiesceAction::Commands(pair) => container::keep_by_commands(self, &lease, pair).await,
@@ -172,6 +200,8 @@ pub(crate) fn timed_out(lease: &Lease<'_>) -> Outcome {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use lifeboat_crds::quiesce_lease::{CommandPair, HoldCommand};
 
     use super::super::testing::Node;
@@ -215,7 +245,21 @@ mod tests {
             assert_eq!(status.end, Some(LeaseEnd::Released), "{status:?}");
             kept.await.unwrap();
             assert!(!node.is_frozen() && !node.guardian.intents.has(&node.name));
+            assert!(!node.guardian.containers.has(&format!("lifeboat-{}", node.name)), "the voice is left");
         }
+    }
+
+    #[tokio::test]
+    async fn a_runtime_without_pipes_is_sent_commands() {
+        let mut node = Node::new("no-voice", true);
+        Arc::get_mut(&mut node.guardian).unwrap().containers.is_containerd = false;
+        let kept = node.keep(pair(&node), LONG, LONG);
+        node.reaches(LeasePhase::Frozen).await;
+        assert!(node.is_frozen());
+        node.released.cancel();
+        assert_eq!(node.reaches(LeasePhase::Thawed).await.end, Some(LeaseEnd::Released));
+        kept.await.unwrap();
+        assert!(!node.is_frozen());
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ mod streams;
 mod sweep;
 #[cfg(test)]
 mod testing;
+mod voice;
 mod volumes;
 
 use std::net::SocketAddr;

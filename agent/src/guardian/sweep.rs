@@ -13,7 +13,7 @@ use super::containerd::Process;
 use super::cri::Containers;
 use super::intent::{Found, Intent, Thaw};
 use super::keeper::Guardian;
-use super::{container, fsfreeze};
+use super::{container, fsfreeze, voice};
 
 /// How often it is looked for orphans.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -74,7 +74,10 @@ impl<C: Containers> Guardian<C> {
 
     async fn thaw(&self, thaw: &Thaw) -> Result<(), String> {
         match thaw {
-            Thaw::Held { container, token } => container::release(&self.containers, container, token, PATIENCE).await,
+            Thaw::Held { container, token } => {
+                container::release(&self.containers, container, token, PATIENCE).await?;
+                voice::end(&self.containers, container, token).await.map_err(|error| error.to_string())
+            }
             Thaw::Command { container, command: Some(command) } => {
                 container::thaw(&self.containers, container, command).await
             }

@@ -21,6 +21,8 @@ use super::keeper::Guardian;
 pub(super) struct Local {
     /// A container without a shell.
     pub(super) has_shell: bool,
+    /// A runtime that starts commands with pipes.
+    pub(super) is_containerd: bool,
     started: Mutex<HashMap<String, Started>>,
 }
 
@@ -33,7 +35,7 @@ struct Started {
 
 impl Local {
     pub(super) fn new(has_shell: bool) -> Self {
-        Self { has_shell, started: Mutex::default() }
+        Self { has_shell, is_containerd: true, started: Mutex::default() }
     }
 
     /// Whether a command of this id was started and not ended by us.
@@ -64,6 +66,12 @@ impl Containers for Local {
     }
 
     async fn start(&self, process: &Process<'_>, command: &[String], takes_input: bool) -> Result<Pipes, CriError> {
+        if !self.is_containerd {
+            return Err(CriError::NotContainerd);
+        }
+        if !self.has_shell && command[0] == "sh" {
+            return Err(CriError::NoProgram("sh".into()));
+        }
         let input = if takes_input { Stdio::piped() } else { Stdio::null() };
         let started = tokio::process::Command::new(&command[0])
             .args(&command[1..])

@@ -61,6 +61,7 @@ pub(super) async fn keep<C: Containers>(guardian: &Guardian<C>, lease: &Lease<'_
         Ok(intent) => intent,
         Err(outcome) => return outcome,
     };
+    lease.begins();
     // The kernel may take its time to write what is dirty, and cannot be interrupted.
     let freezing = tokio::task::spawn_blocking(move || (freeze(&volumes), volumes));
     let Ok((frozen, volumes)) = freezing.await else {
