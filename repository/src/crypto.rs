@@ -3,6 +3,7 @@
 //! Only calls of `aws-lc-rs`, `hpke`, `argon2` and `blake3`; nothing is invented here.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use hpke::{Deserializable, Kem, OpModeR, OpModeS, Serializable};
@@ -205,6 +206,9 @@ pub(crate) fn open_with(
     Ok(SecretKey::new(key))
 }
 
+/// Passphrases are stretched one after the other: who opens many repositories needs the memory for one of them at a time.
+static STRETCHING: Mutex<()> = Mutex::new(());
+
 /// What a passphrase costs to try: Argon2id's memory in KiB, passes and lanes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Cost {
@@ -227,6 +231,7 @@ impl Cost {
         let params =
             argon2::Params::new(self.memory_kib, self.passes, self.lanes, Some(32)).map_err(|_| CryptoError::Cost)?;
         let mut key = [0; 32];
+        let _alone = STRETCHING.lock().unwrap_or_else(PoisonError::into_inner);
         argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params)
             .hash_password_into(passphrase, salt, &mut key)
             .map_err(|_| CryptoError::Cost)?;
