@@ -163,6 +163,16 @@ pub(super) fn lacks_task(uid: &str, stream: &StreamBackupStatus, tasks: &BTreeMa
     stream.dispatched_at.is_some() && stream.snapshot.is_none() && !tasks.contains_key(&stream_task(uid, stream))
 }
 
+/// Whether there may be tasks: before one is made, it is written down that its volume or stream has its turn, but for volumes that
+/// are read live. While an application is at rest for its snapshots there are none, and nobody need ask.
+pub(super) fn may_have_tasks(status: &BackupStatus) -> bool {
+    conditions::is_finished(&status.conditions)
+        || status.streams.iter().any(|stream| stream.dispatched_at.is_some())
+        || status.volumes.iter().any(|volume| {
+            volume.method == VolumeMethod::Live || volume.dispatched_at.is_some() || volume.attempt > 0
+        })
+}
+
 /// What is done next.
 pub(super) fn next_step(facts: &Facts<'_>, now: Timestamp) -> Step {
     let status = facts.status;

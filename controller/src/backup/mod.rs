@@ -147,7 +147,11 @@ async fn work(seen: &Backup, context: &Context) -> Result<Action> {
     };
     let mut run = Run::new(backup);
     loop {
-        let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
+        let tasks = if decide::may_have_tasks(&run.status) {
+            task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?
+        } else {
+            BTreeMap::new()
+        };
         if run.status.plan.is_some() && !conditions::is_finished(&run.status.conditions) {
             observe_tasks(&mut run, &tasks);
         }
