@@ -91,14 +91,16 @@ fn exposure(run: &Run, context: &Context, volume: &VolumeBackupStatus) -> Result
     })
 }
 
-/// One step towards agents that read all snapshots: makes what is missing, and gives out tasks for what is mounted.
-pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<()> {
+/// One step towards agents that read all snapshots: makes what is missing, and gives out tasks for what is mounted. `true`: something
+/// that was made is waited for.
+pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<bool> {
     let tasks = task::of_owner(&context.namespaced(&context.namespace), &run.uid).await?;
     let before = run.status.clone();
     let is_due =
         |volume: &VolumeBackupStatus| volume.dispatched_at.is_some() && decide::is_unexposed(&run.uid, volume, &tasks);
     let due: Vec<_> = (0..run.status.volumes.len()).filter(|at| is_due(&run.status.volumes[*at])).collect();
     let all = try_join_all(due.iter().map(|at| mounted(run, context, &run.status.volumes[*at]))).await?;
+    let is_waiting = all.iter().any(Result::is_err);
     for (number, found) in due.into_iter().zip(all) {
         let volume = &run.status.volumes[number];
         match found {
@@ -106,7 +108,10 @@ pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<()> {
                 let node = pod.spec.and_then(|spec| spec.node_name).unwrap_or_default();
                 match order(run, context, volume, &node, mount.clone()).await? {
                     Ok(order) => task::create(&context.namespaced(&context.namespace), order).await?,
-                    Err((reason, message)) => return run.fail(context, reason, message).await,
+                    Err((reason, message)) => {
+                        run.fail(context, reason, message).await?;
+                        return Ok(false);
+                    }
                 }
                 info!(claim = volume.claim, node, "the snapshot is being read");
                 let volume = &mut run.status.volumes[number];
@@ -122,7 +127,7 @@ pub(super) async fn expose(run: &mut Run, context: &Context) -> Result<()> {
     if run.status != before {
         run.save(context).await?;
     }
-    Ok(())
+    Ok(is_waiting)
 }
 
 /// The pod that has the snapshot mounted, or what is waited for.

@@ -229,9 +229,10 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             if let Some(pause) = pause {
                 return Ok(Next::Wait(pause));
             }
-            Box::pin(expose::expose(run, context)).await?;
+            if Box::pin(expose::expose(run, context)).await? {
+                changes.next(MOUNTS_GATHERED, MOUNT_PAUSE).await;
+            }
             // The next look reads the object anew: it may be deleted meanwhile.
-            changes.next(MOUNTS_GATHERED, MOUNT_PAUSE).await;
             return Ok(Next::Wait(SOON));
         }
         Step::Dump => streams::start(run, context).await?,

@@ -15,7 +15,7 @@ for folder in /dev/shm /tmp /var/tmp /run; do
   fi
 done
 [ -n "$state" ] || { echo "none of /dev/shm, /tmp, /var/tmp and /run can be written to"; exit 91; }
-pause() { sleep 0.02 2>/dev/null || sleep 1; }
+pause() { sleep 0.01 2>/dev/null || sleep 1; }
 {
   # Who started this is gone when this shell is: the runtime ends it with the connection.
   while [ -e "$state.held" ] && [ ! -e "$state.release" ] && kill -0 $$ 2>/dev/null && clock; do
