@@ -38,14 +38,18 @@ fn an_existing_claim_is_never_written_to() {
 fn existing_objects_are_skipped_updated_or_refused_as_the_spec_says() {
     scenario("objects-exist", async |s: Scenario| {
         s.apply(SETTINGS)?;
+        // More than are asked for by name.
+        let more = (0..6).map(|n| format!("---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: more-{n}}}\n"));
+        s.apply(&more.collect::<String>())?;
         s.back_up("b").await?;
+        s.kubectl(&["delete", "configmap", "more-0"])?;
         let red =
             || s.kubectl(&["patch", "configmap", "settings", "--type=merge", "-p", "{\"data\":{\"colour\":\"red\"}}"]);
         red()?;
         s.start_restore("fail", json!({"source": {"backupRef": {"name": "b"}}, "existing": {"resources": "Fail"}}))
             .await?;
         let message = s.restore_failed("fail", "ObjectExists").await?;
-        ensure!(message.contains("settings"), "{message}");
+        ensure!(message.contains("settings") && message.contains("more-5") && !message.contains("more-0"), "{message}");
         ensure!(colour(&s)? == "red");
         s.start_restore("skip", json!({"source": {"backupRef": {"name": "b"}}})).await?;
         let skipped = s.restore_finished("skip").await?.status.and_then(|s| s.objects).context("objects")?;

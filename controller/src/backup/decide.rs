@@ -168,9 +168,10 @@ pub(super) fn lacks_task(uid: &str, stream: &StreamBackupStatus, tasks: &BTreeMa
 pub(super) fn may_have_tasks(status: &BackupStatus) -> bool {
     conditions::is_finished(&status.conditions)
         || status.streams.iter().any(|stream| stream.dispatched_at.is_some())
-        || status.volumes.iter().any(|volume| {
-            volume.method == VolumeMethod::Live || volume.dispatched_at.is_some() || volume.attempt > 0
-        })
+        || status
+            .volumes
+            .iter()
+            .any(|volume| volume.method == VolumeMethod::Live || volume.dispatched_at.is_some() || volume.attempt > 0)
 }
 
 /// What is done next.
