@@ -88,6 +88,13 @@ fn snapshots_wait_for_their_turn_and_are_read_on_several_nodes_also_after_a_rest
         ensure!(still == unready, "{unready:?} were under way before the restart, {still:?} after it");
         drop(held);
 
+        // A mount goes as soon as it is read, not with all others at the end.
+        let is_retired = |b: &Backup| {
+            let volumes = || b.status.iter().flat_map(|status| &status.volumes);
+            volumes().any(|volume| volume.snapshot.is_some() && volume.pod.is_none())
+                && volumes().any(|volume| volume.snapshot.is_none())
+        };
+        s.wait(&s.namespaced(), "b", "the first mount to go", is_retired).await?;
         let backup = s.backup_succeeded("b").await?;
         let status = backup.status.context("status")?;
         let nodes: BTreeSet<_> = status.volumes.iter().filter_map(|volume| volume.node.clone()).collect();

@@ -213,6 +213,32 @@ fn waits_for(snapshot: &DynamicObject, pod: Option<&Pod>) -> String {
     }
 }
 
+/// Takes away the mounts of snapshots that are read, while others are still to be: a node has room for so many pods, and a storage
+/// for so many copies. What only points to them goes at the end, with all.
+pub(super) async fn retire(run: &mut Run, context: &Context) -> Result<()> {
+    let is_done = |volume: &VolumeBackupStatus| {
+        volume.method.is_snapshot() && volume.snapshot.is_some() && volume.pod_uid.is_some()
+    };
+    let pods = context.namespaced::<Pod>(&context.namespace);
+    let claims = context.namespaced::<PersistentVolumeClaim>(&context.namespace);
+    for number in 0..run.status.volumes.len() {
+        let volume = &run.status.volumes[number];
+        if !is_done(volume) {
+            continue;
+        }
+        let name = name(run, volume);
+        if let Some(pod) = pods.get_opt(&name).await.context("cannot read a pod")? {
+            remove(&pods, &pod).await?;
+        }
+        if let Some(claim) = claims.get_opt(&name).await.context("cannot read a claim")? {
+            super::sweep::remove_claim(context, &claims, &claim).await?;
+        }
+        let volume = &mut run.status.volumes[number];
+        (volume.pod, volume.pod_uid) = (None, None);
+    }
+    Ok(())
+}
+
 /// Gives up a mount whose node or pod was lost; the next step mounts the snapshot anew, under other names.
 ///
 /// The old objects are not waited for: a claim on a node that is gone can take long. The sweep at the end waits.

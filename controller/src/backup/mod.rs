@@ -222,6 +222,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
         }
         Step::Expose => {
             let mut changes = context.exposure_changes();
+            expose::retire(run, context).await?;
             let pause = turn::dispatch(run, context).await?;
             if conditions::is_finished(&run.status.conditions) {
                 return Ok(Next::Look);
@@ -239,6 +240,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
         Step::Renew(claim) => expose::renew(run, context, &claim).await?,
         Step::Wait(until) => {
             run.status.phase = Phase::Running;
+            expose::retire(run, context).await?;
             if run.backup.status.as_ref() != Some(&run.status) {
                 run.save(context).await?;
             }
