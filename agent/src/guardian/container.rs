@@ -16,6 +16,8 @@ use super::voice::{self, Voice};
 const SESSION_GRACE: Duration = Duration::from_secs(3);
 /// Beyond the grace that a command has in its container, for the runtime's answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// The part of a step's timeout that it may take until there is a voice.
+const VOICE_SHARE: u32 = 4;
 /// Before a call that failed is made again.
 const AGAIN: Duration = Duration::from_millis(300);
 /// The words of a command that a status holds.
@@ -114,8 +116,11 @@ async fn held_in<C: Containers>(
     };
     let hold = hold::hold(token, Until::At(lease.boot_end), grace, command);
     let mut voice = Voice::new(&guardian.containers, container, token);
-    // The application works on meanwhile. Without a voice it goes as well.
-    let _ = tokio::time::timeout_at(lease.give_up, voice.begin(Until::At(lease.boot_end))).await;
+    // The application works on meanwhile. Without a voice it goes as well, so most of the time is left for the freeze.
+    let _ = tokio::time::timeout(lease.timeout / VOICE_SHARE, voice.begin(Until::At(lease.boot_end))).await;
+    if tokio::time::Instant::now() >= lease.give_up {
+        return Held::Never(timed_out(lease), Some(intent));
+    }
     lease.begins();
     let session = guardian.containers.exec(container, &hold);
     tokio::pin!(session);

@@ -70,6 +70,8 @@ pub(crate) async fn control(context: Arc<Context>) {
     let backups: Api<Backup> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
     let controller = Controller::new(backups, watcher::Config::default());
+    // Open before the first freeze waits for it.
+    drop(context.lease_changes());
     context.dispatch.backups.get_or_init(|| controller.store());
     controller
         .watches(tasks, watcher::Config::default(), |task| {
