@@ -9,14 +9,18 @@ use lifeboat_crds::{
     backup::Phase,
     conditions::{self, ConditionType},
 };
+use lifeboat_e2e::faults::{CONTROLLER, fresh_lifeboat, kill};
 use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, run, scenario};
+use serde_json::json;
 
+/// Objects that take some seconds to be created.
+const MANY: usize = 800;
 /// Data that takes some seconds to read: it cannot be compressed.
 const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i bs=1M count=100 2>/dev/null; done; sync";
 
 /// Starts a backup of a large volume, waits until an agent is in the middle of it, and holds the store so that it stays there.
 async fn in_the_middle(s: &Scenario, name: &str) -> Result<(VolumeTask, StoreHeld)> {
-    s.start_backup(name, serde_json::json!({"plan": s.live_plan()})).await?;
+    s.start_backup(name, json!({"plan": s.live_plan()})).await?;
     let api: kube::Api<VolumeTask> = kube::Api::namespaced(s.client.clone(), INSTALLED_IN);
     let mut found = None;
     s.eventually("an agent in the middle of the volume", async || {
@@ -87,6 +91,32 @@ fn a_controller_killed_in_the_middle_is_succeeded_by_another() {
         drop(held);
         s.backup_succeeded("b").await?;
         s.eventually("the tasks to be gone", async || Ok(s.leftovers().await?.is_empty())).await
+    });
+}
+
+#[test]
+fn a_controller_killed_while_it_restores_objects_goes_on_and_skips_none() {
+    scenario("restore-killed", async |s: Scenario| {
+        let many: String = (0..MANY)
+            .map(|n| {
+                format!("---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: many-{n}, labels: {{many: \"1\"}}}}\n")
+            })
+            .collect();
+        s.apply(&many)?;
+        s.back_up("b").await?;
+        s.kubectl(&["delete", "configmaps", "-l", "many=1"])?;
+        let count =
+            || Ok::<_, anyhow::Error>(s.kubectl(&["get", "configmaps", "-l", "many=1", "-o", "name"])?.lines().count());
+        s.start_restore("r", json!({"source": {"backupRef": {"name": "b"}}})).await?;
+        s.eventually("some objects", async || Ok(count()? > 0)).await?;
+        let died = kill(CONTROLLER)?;
+        let there = count()?;
+        ensure!(died == 1 && there < MANY, "{died} controllers died when {there} of {MANY} objects were there");
+        let status = s.restore_finished("r").await?.status.context("status")?;
+        ensure!(status.phase == Phase::Succeeded, "{:?}: {:?}", status.phase, status.objects);
+        let objects = status.objects.context("objects")?;
+        ensure!(objects.created >= MANY as u64 && objects.skipped == 0 && count()? == MANY, "{objects:?}");
+        fresh_lifeboat(&s).await
     });
 }
 
@@ -194,7 +224,7 @@ fn a_full_store_is_told_and_harms_nothing_that_is_there() {
         )?;
         let result = async {
             s.repository_ready(&name).await?;
-            let plan = serde_json::json!({"plan": {"tiers": [{"repository": {"ref": {"name": name}}}]}});
+            let plan = json!({"plan": {"tiers": [{"repository": {"ref": {"name": name}}}]}});
             s.start_backup("first", plan.clone()).await?;
             s.backup_succeeded("first").await?;
             s.shell("app", "dd if=/dev/urandom of=/data/big bs=1M count=100 2>/dev/null; sync")?;
@@ -202,7 +232,7 @@ fn a_full_store_is_told_and_harms_nothing_that_is_there() {
             let (_, message) = s.backup_failed("second", "StoreFull").await?;
             ensure!(message.contains("free space"), "{message}");
             s.lose_namespace()?;
-            s.start_restore("back", serde_json::json!({"source": {"repository": {"ref": {"name": name}}}})).await?;
+            s.start_restore("back", json!({"source": {"repository": {"ref": {"name": name}}}})).await?;
             s.restore_finished("back").await?;
             s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
             ensure!(s.shell("app", "cat /data/file; ls /data | wc -l")?.starts_with("first\n"));

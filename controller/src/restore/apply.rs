@@ -6,15 +6,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::Status;
 use kube::core::discovery::ApiResource;
 use kube::{Api, Client};
-use lifeboat_crds::CONTROLLER_MANAGER;
 use lifeboat_crds::backup::Phase;
 use lifeboat_crds::conditions::{ConditionType, Reason, State};
 use lifeboat_crds::restore::{ExistingResources, ObjectsRestoreStatus};
+use lifeboat_crds::{CONTROLLER_MANAGER, labels};
 use tracing::{debug, info};
 
 use super::Run;
@@ -96,6 +96,8 @@ struct Places<'a> {
     context: &'a Context,
     namespace: &'a str,
     point: &'a str,
+    /// When the restore was asked for.
+    since: Option<Timestamp>,
     existing: ExistingResources,
     /// For what lies outside of the namespace.
     account: Option<&'a Client>,
@@ -141,9 +143,16 @@ impl Places<'_> {
         }
         let api = Api::namespaced_with(self.context.client.clone(), self.namespace, resource);
         match create(&api, &object).await? {
+            Outcome::Skipped(_) if self.created_it(&api, &captured.name).await? => Ok(Outcome::Created),
             Outcome::Skipped(_) if self.existing == ExistingResources::Update => update(&api, captured, &object).await,
             outcome => Ok(outcome),
         }
+    }
+
+    /// Whether this restore created an object that exists, in an earlier life of the controller.
+    async fn created_it(&self, api: &Api<DynamicObject>, name: &str) -> Result<bool> {
+        let found = api.get_metadata_opt(name).await.context("cannot look at an existing object")?;
+        Ok(found.is_some_and(|found| is_of(&found.metadata, self.point, self.since)))
     }
 
     /// Puts all objects, wave by wave; returns those that were refused.
@@ -160,6 +169,13 @@ impl Places<'_> {
         }
         Ok(refused)
     }
+}
+
+/// Whether an object was brought back from this recovery point since a restore was asked for.
+fn is_of(found: &ObjectMeta, point: &str, since: Option<Timestamp>) -> bool {
+    let from = found.annotations.as_ref().and_then(|annotations| annotations.get(labels::RESTORED_FROM));
+    let made = found.creation_timestamp.as_ref().map(|made| made.0);
+    from.is_some_and(|from| from == point) && made.zip(since).is_some_and(|(made, since)| made >= since)
 }
 
 /// Counts what became of an object; gives the refusal back if it was refused.
@@ -209,6 +225,7 @@ pub(super) async fn put_all(
         context,
         namespace: &run.namespace,
         point: run.status.recovery_point.as_ref().map(|point| point.id.as_str()).unwrap_or_default(),
+        since: run.restore.metadata.creation_timestamp.as_ref().map(|since| since.0),
         existing: run.restore.spec.existing.resources,
         account,
         resources: Resources::discover(&context.client).await?,
@@ -309,4 +326,25 @@ pub(super) async fn finish(run: &mut Run, context: &Context) -> Result<()> {
     context.metrics.restores_succeeded.inc();
     context.events.normal(&run.restore, reason, message).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_this_restore_created_is_told_from_what_was_there() {
+        let at = |second: i64| Timestamp::from_second(second).unwrap();
+        let found = |from: Option<&str>, second| ObjectMeta {
+            annotations: from.map(|from| [(labels::RESTORED_FROM.to_owned(), from.to_owned())].into()),
+            creation_timestamp: Some(Time(at(second))),
+            ..ObjectMeta::default()
+        };
+        let since = Some(at(100));
+        assert!(is_of(&found(Some("point"), 100), "point", since));
+        assert!(!is_of(&found(Some("point"), 99), "point", since), "an earlier restore did");
+        assert!(!is_of(&found(Some("other"), 101), "point", since));
+        assert!(!is_of(&found(None, 101), "point", since));
+        assert!(!is_of(&found(Some("point"), 101), "point", None));
+    }
 }
