@@ -97,12 +97,10 @@ fn a_controller_killed_in_the_middle_is_succeeded_by_another() {
 #[test]
 fn a_controller_killed_while_it_restores_objects_goes_on_and_skips_none() {
     scenario("restore-killed", async |s: Scenario| {
-        let many: String = (0..MANY)
-            .map(|n| {
-                format!("---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: many-{n}, labels: {{many: \"1\"}}}}\n")
-            })
-            .collect();
-        s.apply(&many)?;
+        let labels = json!({"many": "1"});
+        let one = |n| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("many-{n}"), "labels": labels}});
+        let all: Vec<_> = (0..MANY).map(one).collect();
+        s.apply(&json!({"apiVersion": "v1", "kind": "List", "items": all}).to_string())?;
         s.back_up("b").await?;
         s.kubectl(&["delete", "configmaps", "-l", "many=1"])?;
         let count =
