@@ -3,7 +3,10 @@
 #![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt;
+use kube::api::{DeleteParams, ListParams, PostParams};
 use lifeboat_crds::{
     VolumeTask,
     backup::Phase,
@@ -14,7 +17,7 @@ use lifeboat_e2e::scenario::{INSTALLED_IN, Scenario, StoreHeld, launcher, run, s
 use serde_json::json;
 
 /// Objects that take some seconds to be created.
-const MANY: usize = 800;
+const MANY: usize = 3000;
 /// Data that takes some seconds to read: it cannot be compressed.
 const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i bs=1M count=100 2>/dev/null; done; sync";
 
@@ -97,25 +100,29 @@ fn a_controller_killed_in_the_middle_is_succeeded_by_another() {
 #[test]
 fn a_controller_killed_while_it_restores_objects_goes_on_and_skips_none() {
     scenario("restore-killed", async |s: Scenario| {
-        let labels = json!({"many": "1"});
-        let one = |n| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("many-{n}"), "labels": labels}});
-        let all: Vec<_> = (0..MANY).map(one).collect();
-        s.apply(&json!({"apiVersion": "v1", "kind": "List", "items": all}).to_string())?;
+        // Over one client: kubectl allows itself few requests a second.
+        let api: kube::Api<ConfigMap> = s.namespaced();
+        let create = async |n| {
+            let metadata = json!({"name": format!("many-{n}"), "labels": {"many": "1"}});
+            api.create(&PostParams::default(), &serde_json::from_value(json!({"metadata": metadata}))?).await?;
+            Ok::<_, anyhow::Error>(())
+        };
+        for some in (0..MANY).collect::<Vec<_>>().chunks(50) {
+            try_join_all(some.iter().map(create)).await?;
+        }
         s.back_up("b").await?;
-        // All by one request.
-        let many = format!("/api/v1/namespaces/{}/configmaps?labelSelector=many%3D1", s.namespace);
-        s.kubectl_cluster(&["delete", "--raw", &many])?;
-        let count =
-            || Ok::<_, anyhow::Error>(s.kubectl(&["get", "configmaps", "-l", "many=1", "-o", "name"])?.lines().count());
+        let many = ListParams::default().labels("many=1");
+        api.delete_collection(&DeleteParams::default(), &many).await?;
+        let count = async || Ok::<_, anyhow::Error>(api.list_metadata(&many).await?.items.len());
         s.start_restore("r", json!({"source": {"backupRef": {"name": "b"}}})).await?;
-        s.eventually("some objects", async || Ok(count()? > 0)).await?;
+        s.eventually("some objects", async || Ok(count().await? > 0)).await?;
         let died = kill(CONTROLLER)?;
-        let there = count()?;
+        let there = count().await?;
         ensure!(died == 1 && there < MANY, "{died} controllers died when {there} of {MANY} objects were there");
         let status = s.restore_finished("r").await?.status.context("status")?;
         ensure!(status.phase == Phase::Succeeded, "{:?}: {:?}", status.phase, status.objects);
         let objects = status.objects.context("objects")?;
-        ensure!(objects.created >= MANY as u64 && objects.skipped == 0 && count()? == MANY, "{objects:?}");
+        ensure!(objects.created >= MANY as u64 && objects.skipped == 0 && count().await? == MANY, "{objects:?}");
         fresh_lifeboat(&s).await
     });
 }
