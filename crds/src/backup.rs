@@ -1,6 +1,6 @@
 //! `Backup`: one recovery point, made once.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -135,7 +135,7 @@ pub struct BackupStatus {
     pub quiesce: Option<QuiesceStatus>,
     /// The moment before the first snapshot was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cut_started_at: Option<Time>,
+    pub cut_started_at: Option<MicroTime>,
     /// How long it took until the last snapshot was made, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut_millis: Option<u64>,
@@ -175,7 +175,7 @@ pub struct PinnedRepository {
 pub struct QuiesceStatus {
     /// The moment before the first freeze command was sent. Written before it is sent, so that a restarted controller knows what to thaw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub frozen_at: Option<Time>,
+    pub frozen_at: Option<MicroTime>,
     /// When the application is thawed at the latest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,

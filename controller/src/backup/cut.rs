@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use futures::future::try_join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use kube::api::{DynamicObject, Patch, PatchParams};
 use lifeboat_crds::backup::VolumeBackupStatus;
 use lifeboat_crds::conditions::{ConditionType, Reason, State};
@@ -81,7 +81,7 @@ fn snapshot_name(uid: &str, claim: &str) -> String {
 pub(super) async fn cut(run: &mut Run, context: &Context) -> Result<bool> {
     if run.status.cut_started_at.is_none() {
         // Written down with what comes of it: the names of snapshots do not depend on it, and the application waits.
-        run.status.cut_started_at = Some(Time(Timestamp::now()));
+        run.status.cut_started_at = Some(MicroTime(Timestamp::now()));
         run.set(ConditionType::Cut, State::Unknown, Reason::InProgress, "snapshots are being made");
     }
     let mut changes = context.watches.contents(&context.client);

@@ -17,7 +17,7 @@ use anyhow::Result;
 use futures::future::join_all;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use lifeboat_crds::DurationString;
 use lifeboat_crds::backup::{QuiesceStatus, QuiescedWorkload, Through};
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
@@ -59,7 +59,7 @@ pub(super) async fn freeze(run: &mut Run, context: &Context) -> Result<()> {
     let now = Timestamp::now();
     let deadline = now.checked_add(longest(quiesce.max_freeze.as_ref())).unwrap_or(Timestamp::MAX);
     run.status.quiesce = Some(QuiesceStatus {
-        frozen_at: Some(Time(now)),
+        frozen_at: Some(MicroTime(now)),
         deadline: Some(Time(deadline)),
         workloads: announced,
         ..QuiesceStatus::default()
