@@ -20,46 +20,49 @@ use tracing::debug;
 use crate::storage;
 
 /// Watches that are opened when they are first asked for and stay open.
-#[derive(Debug, Default)]
 pub(crate) struct Watches {
+    client: Client,
+    /// The namespace that Lifeboat is installed in.
+    namespace: String,
     leases: OnceLock<Signal>,
     contents: OnceLock<Signal>,
     exposures: OnceLock<Signal>,
 }
 
 impl Watches {
-    /// Changes of `QuiesceLease`s in Lifeboat's namespace.
-    pub(crate) fn leases(&self, client: &Client, namespace: &str) -> Changes {
-        self.leases.get_or_init(|| Signal::silent().on(names::<QuiesceLease>(client, namespace))).changes()
+    pub(crate) fn new(client: Client, namespace: String) -> Self {
+        let (leases, contents, exposures) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Self { client, namespace, leases, contents, exposures }
+    }
+
+    /// Changes of `QuiesceLease`s.
+    pub(crate) fn leases(&self) -> Changes {
+        self.leases.get_or_init(|| Signal::silent().on(self.names::<QuiesceLease>())).changes()
     }
 
     /// Changes of the snapshots that the storage made.
-    pub(crate) fn contents(&self, client: &Client) -> Changes {
-        self.contents.get_or_init(|| Signal::silent().on(storage::contents(client))).changes()
+    pub(crate) fn contents(&self) -> Changes {
+        self.contents.get_or_init(|| Signal::silent().on(storage::contents(&self.client))).changes()
     }
 
-    /// Changes of what makes snapshots readable, in Lifeboat's namespace: snapshots, claims and pods.
-    pub(crate) fn exposures(&self, client: &Client, namespace: &str) -> Changes {
+    /// Changes of what makes snapshots readable: snapshots, claims and pods.
+    pub(crate) fn exposures(&self) -> Changes {
         let open = || {
             Signal::silent()
-                .on(storage::snapshots(client, namespace))
-                .on(names::<PersistentVolumeClaim>(client, namespace))
-                .on(names::<Pod>(client, namespace))
+                .on(storage::snapshots(&self.client, &self.namespace))
+                .on(self.names::<PersistentVolumeClaim>())
+                .on(self.names::<Pod>())
         };
         self.exposures.get_or_init(open).changes()
     }
-}
 
-/// The objects of a namespace without their content.
-fn names<K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>>(
-    client: &Client,
-    namespace: &str,
-) -> Api<PartialObjectMeta<K>> {
-    Api::namespaced(client.clone(), namespace)
+    /// Objects of Lifeboat's namespace without their content.
+    fn names<K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>>(&self) -> Api<PartialObjectMeta<K>> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
 }
 
 /// Follows kinds for as long as this process lives; nothing of the objects is kept.
-#[derive(Debug)]
 struct Signal(watch::Sender<()>);
 
 impl Signal {

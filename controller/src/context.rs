@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
-use crate::changes::{Changes, Watches};
+use crate::changes::Watches;
 use crate::dispatch::Dispatch;
 use crate::metrics::Metrics;
 use crate::repository::Looked;
@@ -80,16 +80,6 @@ impl Context {
         namespace: &str,
     ) -> Api<K> {
         Api::namespaced(self.client.clone(), namespace)
-    }
-
-    /// Changes of the leases of guardians.
-    pub(crate) fn lease_changes(&self) -> Changes {
-        self.watches.leases(&self.client, &self.namespace)
-    }
-
-    /// Changes of what makes snapshots readable.
-    pub(crate) fn exposure_changes(&self) -> Changes {
-        self.watches.exposures(&self.client, &self.namespace)
     }
 
     /// Replaces the status of exactly this object, and returns the object as it is then.

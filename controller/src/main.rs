@@ -122,7 +122,7 @@ async fn run(options: RunOptions) -> Result<()> {
         image_pull_secrets: options.image_pull_secrets,
         dispatch: dispatch::Dispatch::new(options.volumes_per_node, options.max_at_rest, options.pod_tolerations),
         looked: repository::Looked::default(),
-        watches: changes::Watches::default(),
+        watches: changes::Watches::new(client.clone(), options.namespace.clone()),
         cluster: tokio::sync::OnceCell::new(),
         client: client.clone(),
         config,

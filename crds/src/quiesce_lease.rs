@@ -165,7 +165,7 @@ pub struct QuiesceLeaseStatus {
     /// What thaws when all of Lifeboat has died.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Watchdog>,
-    /// The moment before the guardian began.
+    /// The moment before the first thing that may freeze it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_at: Option<Time>,
     /// How long it was held, from that moment until it was let go, by the node's clock.

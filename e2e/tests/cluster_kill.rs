@@ -65,8 +65,14 @@ impl Victim {
     /// Kills it, and brings back what does not come back by itself.
     async fn die(self, s: &Scenario) -> Result<()> {
         match self {
-            Self::Controller => kill(CONTROLLER).map(|_| ()),
-            Self::Agents => kill("/lifeboat-agent run").map(|_| ()),
+            Self::Controller => {
+                ensure!(kill(CONTROLLER)? > 0, "no controller was killed");
+                Ok(())
+            }
+            Self::Agents => {
+                ensure!(kill("/lifeboat-agent run")? > 0, "no agent was killed");
+                Ok(())
+            }
             Self::ApiServer => {
                 let dead = s.kill_api_server()?;
                 tokio::time::sleep(DEAD).await;

@@ -249,7 +249,7 @@ async fn die_while_frozen(s: &Scenario, name: &str, plan: Value, after: Duration
     tokio::time::sleep(after).await;
     // The API server first: nobody can be told anything any more.
     let dead = s.kill_api_server()?;
-    kill(CONTROLLER)?;
+    ensure!(kill(CONTROLLER)? > 0, "no controller was killed");
     let killed = Timestamp::now();
     let (guardians, there) = if both { (BOTH, 2 * NODES.len()) } else { (FIRST, NODES.len()) };
     let died = kill(guardians)?;

@@ -1,7 +1,8 @@
 //! Speaks with a command that holds an application, by one process that is in the container before it is needed: starting one for
 //! each word takes longer than all else of a freeze.
 //!
-//! Only containerd offers this. Where it cannot be had, commands are sent, and they are sent as well when the voice is not heard.
+//! Only containerd offers this. Where it cannot be had or has died, commands are sent; the one that releases is sent as well when what
+//! holds does not let go at the voice's word.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
 //! Captures the objects of a namespace and what belongs to them, as files from memory, streamed into the repository.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -15,6 +16,7 @@ use lifeboat_crds::conditions::Reason;
 use lifeboat_crds::plan::Scope;
 use lifeboat_process::access::AccessError;
 use lifeboat_repository::backup::{self, TreeBackup, VirtualFile};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tracing::{debug, info};
 
@@ -57,9 +59,9 @@ pub(crate) async fn offered(client: &Client) -> Result<Vec<Offered>> {
 }
 
 /// Gives every object to `each`, page by page.
-pub(super) async fn each_object(
-    api: &Api<DynamicObject>,
-    mut each: impl FnMut(DynamicObject) -> Result<(), kube::Error>,
+pub(crate) async fn each_object<K: Clone + Debug + DeserializeOwned>(
+    api: &Api<K>,
+    mut each: impl FnMut(K) -> Result<(), kube::Error>,
 ) -> Result<(), kube::Error> {
     let mut list = ListParams::default().limit(PAGE);
     loop {
@@ -103,7 +105,7 @@ async fn objects(
 ) -> Result<Vec<VirtualFile>, kube::Error> {
     let api = Api::namespaced_with(client.clone(), namespace, &offered.api);
     let mut captured = Vec::new();
-    each_object(&api, |object| {
+    each_object(&api, |object: DynamicObject| {
         let name = object.name_any();
         if !selects(scope, &offered.name, &name, object.labels()) {
             return Ok(());

@@ -108,7 +108,7 @@ impl<'a> Gathering<'a> {
     async fn list(&mut self, offered: &Offered) -> Vec<Value> {
         let api = Api::all_with(self.client.clone(), &offered.api);
         let mut all = Vec::new();
-        let listed = each_object(&api, |object| {
+        let listed = each_object(&api, |object: DynamicObject| {
             all.push(with_types(object, offered)?);
             Ok(())
         })
@@ -128,7 +128,7 @@ impl<'a> Gathering<'a> {
             }
             let api = Api::all_with(reader.clone(), &offered.api);
             let mut found = Vec::new();
-            let listed = each_object(&api, |object| {
+            let listed = each_object(&api, |object: DynamicObject| {
                 if scope::includes(&self.scope, &offered.name, &object.name_any(), object.labels()) {
                     found.push(with_types(object, offered)?);
                 }

@@ -84,7 +84,7 @@ pub(super) async fn cut(run: &mut Run, context: &Context) -> Result<bool> {
         run.status.cut_started_at = Some(MicroTime(Timestamp::now()));
         run.set(ConditionType::Cut, State::Unknown, Reason::InProgress, "snapshots are being made");
     }
-    let mut changes = context.watches.contents(&context.client);
+    let mut changes = context.watches.contents();
     let kinds =
         if groups(&run.status.volumes).is_empty() { None } else { GroupKinds::discover(&context.client).await? };
     if let Err(message) = make_all(run, kinds.as_ref(), context).await? {

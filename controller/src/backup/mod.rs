@@ -19,7 +19,7 @@ mod streams;
 mod sweep;
 mod turn;
 
-pub(crate) use capture::offered as capture_resources;
+pub(crate) use capture::{each_object, offered as capture_resources};
 pub(crate) use decide::{STEPS, reading_key};
 
 /// What a namespace may do with a repository, for backups and restores alike.
@@ -71,7 +71,7 @@ pub(crate) async fn control(context: Arc<Context>) {
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
     let controller = Controller::new(backups, watcher::Config::default());
     // Open before the first freeze waits for it.
-    drop(context.lease_changes());
+    drop(context.watches.leases());
     context.dispatch.backups.get_or_init(|| controller.store());
     controller
         .watches(tasks, watcher::Config::default(), |task| {
@@ -223,7 +223,7 @@ async fn perform(run: &mut Run, step: Step, context: &Context) -> Result<Next> {
             }
         }
         Step::Expose => {
-            let mut changes = context.exposure_changes();
+            let mut changes = context.watches.exposures();
             expose::retire(run, context).await?;
             let pause = turn::dispatch(run, context).await?;
             if conditions::is_finished(&run.status.conditions) {

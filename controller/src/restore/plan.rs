@@ -8,7 +8,8 @@ use futures::TryStreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::{DynamicObject, ListParams};
+use kube::api::DynamicObject;
+use kube::core::PartialObjectMeta;
 use kube::{Api, ResourceExt};
 use lifeboat_crds::backup::{Phase, PinnedRepository};
 use lifeboat_crds::conditions::{ConditionType, Reason, State};
@@ -25,6 +26,7 @@ use serde_json::Value;
 use tracing::info;
 
 use super::{Run, clones, streams};
+use crate::backup::each_object;
 use crate::backup::refusal::{Refusal, repository as usable_repository, unready_message};
 use crate::context::Context;
 use crate::object::ResourceName;
@@ -37,8 +39,6 @@ const REPOSITORY_PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_min
 const PAUSE: Duration = Duration::from_secs(5);
 /// So many objects of a resource are asked for by name; when there are more, the names that exist are listed.
 const FEW: usize = 4;
-/// Names asked for at once.
-const PAGE: u32 = 500;
 
 /// One object as it was captured.
 #[derive(Debug, Clone)]
@@ -208,25 +208,21 @@ async fn obstacle(
 
 /// Those of the captured objects of one resource that are there.
 async fn that_exist<'a>(
-    api: &Api<DynamicObject>,
+    api: &Api<PartialObjectMeta<DynamicObject>>,
     captured: &'a [&'a Captured],
 ) -> Result<impl Iterator<Item = &'a Captured>> {
     let mut found = BTreeSet::new();
     if captured.len() <= FEW {
         for one in captured {
-            let there = api.get_metadata_opt(&one.name).await.context("cannot look for an existing object")?;
+            let there = api.get_opt(&one.name).await.context("cannot look for an existing object")?;
             found.extend(there.map(|there| there.name_any()));
         }
     } else {
-        let mut list = ListParams::default().limit(PAGE);
-        loop {
-            let page = api.list_metadata(&list).await.context("cannot list existing objects")?;
-            found.extend(page.items.iter().map(ResourceExt::name_any));
-            match page.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => list = ListParams::default().limit(PAGE).continue_token(&token),
-                None => break,
-            }
-        }
+        let note = |there: PartialObjectMeta<DynamicObject>| {
+            found.insert(there.name_any());
+            Ok(())
+        };
+        each_object(api, note).await.context("cannot list existing objects")?;
     }
     Ok(captured.iter().copied().filter(move |one| found.contains(&one.name)))
 }

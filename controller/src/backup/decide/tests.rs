@@ -370,3 +370,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn tasks_are_asked_for_whenever_there_may_be_any() {
+    let may = |status: Value| may_have_tasks(&serde_json::from_value(status).unwrap());
+    let volume = |more: Value| {
+        let mut volume = json!({"claim": "data", "claimUid": "u", "method": "Snapshot"});
+        volume.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"volumes": [volume]})
+    };
+    let at = "2026-01-01T00:00:00Z";
+    assert!(!may(json!({})) && !may(volume(json!({}))), "nothing had its turn yet");
+    assert!(may(volume(json!({"method": "Live"}))));
+    assert!(may(volume(json!({"dispatchedAt": at}))));
+    assert!(may(volume(json!({"attempt": 1}))), "the task of the attempt before may be there");
+    assert!(may(json!({"streams": [{"name": "shop.sql", "dispatchedAt": at}]})));
+    let ended =
+        json!({"type": "Succeeded", "status": "True", "reason": "Done", "message": "", "lastTransitionTime": at});
+    assert!(may(json!({"conditions": [ended]})));
+}

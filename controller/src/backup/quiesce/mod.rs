@@ -185,7 +185,7 @@ async fn wait_for_guardians<'a>(
     context: &Context,
 ) -> Result<Vec<(&'a Target, Failure)>> {
     let began = tokio::time::Instant::now();
-    let mut changes = context.lease_changes();
+    let mut changes = context.watches.leases();
     let mut waiting = targets.to_vec();
     let mut failed = Vec::new();
     loop {
@@ -288,7 +288,7 @@ async fn let_go(run: &Run, workload: &mut QuiescedWorkload, context: &Context) -
         });
     }
     let end = tokio::time::Instant::now() + THAW_PATIENCE;
-    let mut changes = context.lease_changes();
+    let mut changes = context.watches.leases();
     loop {
         let leases = leases::of_backup(&run.uid, context).await?;
         let Some(lease) = leases.get(&token) else {
