@@ -215,6 +215,7 @@ async fn a_lost_or_damaged_index_is_made_anew() {
     let (store, repository) = made().await;
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "file", &noise(1, 300_000));
+    settle().await;
     back_up(&repository, folder.path(), "a", None).await;
     let segments = |store: &Memory| store.keys().into_iter().filter(|key| key.starts_with("x0/")).collect::<Vec<_>>();
     let key = segments(&store).remove(0);
@@ -249,6 +250,7 @@ async fn what_only_an_aborted_session_may_publish_is_not_indexed_for_it() {
     }
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), "file", &noise(1, 300_000));
+    settle().await;
     let mut decisions = 0;
     let faulty = Faulty::new(Arc::new(store.clone()), move |operation, key: &str| {
         let is_decision = operation == Operation::Put && key.starts_with("d/");

@@ -65,6 +65,8 @@ async fn made(files: u64) -> (Memory, Repository, TempDir) {
         let name = blake3::hash(&number.to_le_bytes()).to_hex();
         write(source.path(), &format!("d{}/{name}", number % 7), &noise(number, 300));
     }
+    // Until the times of the files show their next change.
+    tokio::time::sleep(std::time::Duration::from_millis(40)).await;
     (store, repository, source)
 }
 
