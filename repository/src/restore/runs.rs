@@ -17,7 +17,7 @@ use crate::aligned::{ALIGNMENT, AlignedBuffer, RUN_BYTES};
 use crate::beneath::proc_path;
 
 /// Smaller files go through the page cache.
-pub(super) const MIN_BYTES: u64 = 8 << 20;
+pub(super) const MIN_BYTES: u64 = 1 << 20;
 /// Runs that are gathered at the same time, all files together: 32 MiB. What finds no room goes through the page cache.
 const MAX_OPEN: usize = 16;
 
