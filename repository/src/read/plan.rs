@@ -8,8 +8,8 @@ use crate::id::PackId;
 const MAX_GAP_BYTES: u64 = 512 << 10;
 /// A read is not made longer than this, so that several in flight fit into memory.
 const MAX_READ_BYTES: u64 = 8 << 20;
-/// Nor than to frames with this many plain bytes: small frames may unfold to much more than they are.
-const MAX_PLAIN_BYTES: u64 = 8 << 20;
+/// Frames of a read are opened together up to this many plain bytes: small frames may unfold to much more than they are.
+const MAX_GROUP_BYTES: u64 = 2 << 20;
 
 /// A frame that somebody wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,10 +26,11 @@ pub(super) struct Wanted {
 pub(super) struct Read {
     pub(super) pack: PackId,
     pub(super) range: Range<u64>,
-    pub(super) frames: Vec<Wanted>,
+    /// By offset; those of a group are opened together.
+    pub(super) groups: Vec<Vec<Wanted>>,
 }
 
-/// Groups frames into reads, by pack and offset.
+/// Puts frames into reads, by pack and offset.
 pub(super) fn coalesce(mut wanted: Vec<Wanted>) -> Vec<Read> {
     wanted.sort_by_key(|frame| (frame.pack, frame.range.start));
     let mut reads: Vec<Read> = Vec::new();
@@ -40,15 +41,20 @@ pub(super) fn coalesce(mut wanted: Vec<Wanted>) -> Vec<Read> {
             Some(read)
                 if read.pack == frame.pack
                     && frame.range.start <= read.range.end + MAX_GAP_BYTES
-                    && frame.range.end.max(read.range.end) - read.range.start <= MAX_READ_BYTES
-                    && plain <= MAX_PLAIN_BYTES =>
+                    && frame.range.end.max(read.range.end) - read.range.start <= MAX_READ_BYTES =>
             {
                 read.range.end = read.range.end.max(frame.range.end);
-                read.frames.push(frame);
+                match read.groups.last_mut() {
+                    Some(group) if plain <= MAX_GROUP_BYTES => group.push(frame),
+                    _ => {
+                        plain = u64::from(frame.plain_len);
+                        read.groups.push(vec![frame]);
+                    }
+                }
             }
             _ => {
                 plain = u64::from(frame.plain_len);
-                reads.push(Read { pack: frame.pack, range: frame.range.clone(), frames: vec![frame] });
+                reads.push(Read { pack: frame.pack, range: frame.range.clone(), groups: vec![vec![frame]] });
             }
         }
     }
@@ -67,9 +73,11 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_unfold_to_much_do_not_share_a_read() {
-        let frames = (0..4).map(|number| Wanted { plain_len: 5 << 20, ..wanted(1, number * 100, 100, 0) }).collect();
-        assert_eq!(coalesce(frames).len(), 4);
+    fn frames_that_unfold_to_much_share_a_read_but_are_not_opened_together() {
+        let frames = (0..5).map(|number| Wanted { plain_len: 1 << 20, ..wanted(1, number * 100, 100, 0) }).collect();
+        let reads = coalesce(frames);
+        assert_eq!(reads.len(), 1);
+        assert_eq!(reads[0].groups.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
     }
 
     #[test]
@@ -92,7 +100,7 @@ mod tests {
             let mut seen = vec![0; wanted.len()];
             for read in &reads {
                 prop_assert!(read.range.end - read.range.start <= MAX_READ_BYTES);
-                for frame in &read.frames {
+                for frame in read.groups.iter().flatten() {
                     prop_assert!(read.pack == frame.pack && read.range.start <= frame.range.start && frame.range.end <= read.range.end);
                     seen[frame.number] += 1;
                 }

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::channel::mpsc;
 use futures::stream::BoxStream;
-use futures::{StreamExt, stream};
+use futures::{SinkExt, StreamExt, stream};
 use tokio::sync::Mutex;
 
 use super::ReadError;
@@ -19,12 +20,15 @@ use crate::pack::{SlotEntry, open_frame, pack_key};
 use crate::sink::ChunkSource;
 use crate::store::ByteRange;
 
-/// Reads in flight at once; with 8 MiB each, sealed and plain, at most 48 MiB.
+/// Reads in flight at once; each holds 8 MiB as they are stored and three groups of 2 MiB opened, at most 42 MiB in all.
 const PARALLEL_READS: usize = 3;
 /// Chunks located at once: their directories are fetched side by side.
 const PARALLEL_LOOKUPS: usize = 16;
 /// Chunks planned together: bounds the memory of a plan and of its results.
 const PLAN_CHUNKS: usize = 2048;
+
+/// A chunk by the number that it was asked for with, or why it does not come.
+type Opened = Result<(usize, Bytes), ReadError>;
 
 /// A chunk that was found.
 #[derive(Debug, Clone, Copy)]
@@ -208,29 +212,55 @@ impl Reader {
         tokio::task::spawn_blocking(open).await.map_err(|error| ReadError::Worker { what: error.to_string() })?
     }
 
-    /// Performs one read: every frame in it, or its error.
-    async fn perform(
+    /// Performs one read: every frame in it, or its error. Goes on while nobody takes them, one group ahead.
+    fn perform(self: Arc<Self>, read: Read, located: Arc<Vec<(usize, Located)>>) -> BoxStream<'static, Opened> {
+        let (sender, receiver) = mpsc::channel(0);
+        let work = tokio::spawn(self.open_groups(read, located, sender));
+        let ended = stream::once(work)
+            .filter_map(async |ended| ended.err().map(|error| Err(ReadError::Worker { what: error.to_string() })));
+        receiver.map(stream::iter).flatten().chain(ended).boxed()
+    }
+
+    /// Fetches the range of a read and opens it group by group; ends early when nobody listens any more.
+    async fn open_groups(
         self: Arc<Self>,
         read: Read,
         located: Arc<Vec<(usize, Located)>>,
-    ) -> Vec<Result<(usize, Bytes), ReadError>> {
-        let bytes = match self.fetch(read.pack, read.range.clone()).await {
-            Ok(bytes) => bytes,
-            Err(error) if is_gone(&error) => {
-                let mut found = Vec::with_capacity(read.frames.len());
-                for Wanted { number, .. } in read.frames {
-                    let (index, located) = located[number];
-                    found.push(self.get_elsewhere(located.chunk()).await.map(|plain| (index, plain)));
+        mut sender: mpsc::Sender<Vec<Opened>>,
+    ) {
+        let fetched = self.fetch(read.pack, read.range.clone()).await;
+        for group in read.groups {
+            let opened = match &fetched {
+                Ok(bytes) => self.open_group(group, read.range.start, bytes, &located).await,
+                Err(error) if is_gone(error) => {
+                    let mut found = Vec::with_capacity(group.len());
+                    for Wanted { number, .. } in group {
+                        let (index, located) = located[number];
+                        found.push(self.get_elsewhere(located.chunk()).await.map(|plain| (index, plain)));
+                    }
+                    found
                 }
-                return found;
+                Err(error) => group.iter().map(|_| Err(error.clone())).collect(),
+            };
+            if sender.send(opened).await.is_err() {
+                return;
             }
-            Err(error) => return read.frames.iter().map(|_| Err(error.clone())).collect(),
-        };
-        let mut frames = Vec::with_capacity(read.frames.len());
-        for Wanted { range, number, .. } in read.frames {
+        }
+    }
+
+    /// Opens the frames of a group in the bytes of a pack from `start` on.
+    async fn open_group(
+        &self,
+        group: Vec<Wanted>,
+        start: u64,
+        bytes: &Bytes,
+        located: &[(usize, Located)],
+    ) -> Vec<Opened> {
+        let mut frames = Vec::with_capacity(group.len());
+        for Wanted { range, number, .. } in group {
             let (index, located) = located[number];
             // The plan made the read from these very ranges.
-            let at = usize::try_from(range.start - read.range.start).unwrap_or(usize::MAX);
+            let at = usize::try_from(range.start - start).unwrap_or(usize::MAX);
             let frame = bytes.slice(at..at + located.entry.len as usize);
             frames.push((index, located, frame, self.ciphers(&located).await));
         }
@@ -255,10 +285,7 @@ impl Reader {
     }
 
     /// Locates some chunks, reads them and yields each.
-    async fn read_some(
-        self: Arc<Self>,
-        chunks: Vec<(usize, ChunkRef)>,
-    ) -> BoxStream<'static, Result<(usize, Bytes), ReadError>> {
+    async fn read_some(self: Arc<Self>, chunks: Vec<(usize, ChunkRef)>) -> BoxStream<'static, Opened> {
         let this = &self;
         let found: Vec<_> = stream::iter(chunks)
             .map(|(index, chunk)| async move { this.locate(&chunk).await.map(|located| (index, located)) })
@@ -278,11 +305,7 @@ impl Reader {
             .collect();
         let failed = stream::iter(failed.into_iter().filter_map(Result::err).map(Err));
         let reads = stream::iter(coalesce(wanted))
-            .map(move |read| tokio::spawn(Arc::clone(&self).perform(read, Arc::clone(&located))))
-            .buffer_unordered(PARALLEL_READS)
-            .flat_map(|ended| {
-                stream::iter(ended.unwrap_or_else(|error| vec![Err(ReadError::Worker { what: error.to_string() })]))
-            });
+            .flat_map_unordered(PARALLEL_READS, move |read| Arc::clone(&self).perform(read, Arc::clone(&located)));
         failed.chain(reads).boxed()
     }
 }

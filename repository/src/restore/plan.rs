@@ -19,7 +19,7 @@ use crate::sink::{ChunkRef, ChunkSource};
 /// Chunks that are asked for together.
 const MAX_CHUNKS: usize = 1024;
 /// Files that are written together: each may be open.
-const MAX_OPEN: usize = 128;
+const MAX_OPEN: usize = 256;
 /// Writes that are planned together.
 const MAX_WRITES: usize = 16 << 10;
 /// Chunks that are being written at the same time.
