@@ -17,8 +17,8 @@ use crate::wire::WireError;
 
 /// Memory for directories, in bytes: about 250,000 chunks.
 const BUDGET_BYTES: u64 = 32 << 20;
-/// Memory for packs that came along.
-const SMALL_BYTES: u64 = 4 << 20;
+/// Memory for frames that came along.
+const CAME_ALONG_BYTES: u64 = 4 << 20;
 /// A read of this many bytes at a pack's end has the whole directory of nearly every pack.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -45,9 +45,17 @@ impl Weighter<(u64, PackId), Arc<Directory>> for ByMemory {
     }
 }
 
-impl Weighter<PackId, Bytes> for ByMemory {
-    fn weight(&self, _: &PackId, pack: &Bytes) -> u64 {
-        pack.len() as u64 + 64
+/// The end of a pack: frames that came along with the directory behind them.
+#[derive(Debug, Clone)]
+struct CameAlong {
+    /// Offset in the pack.
+    start: u64,
+    bytes: Bytes,
+}
+
+impl Weighter<PackId, CameAlong> for ByMemory {
+    fn weight(&self, _: &PackId, end: &CameAlong) -> u64 {
+        end.bytes.len() as u64 + 64
     }
 }
 
@@ -59,8 +67,8 @@ pub(crate) struct Directories {
     /// By the number of renewals before the fetch, so that what was fetched before the last is not used after it.
     cache: Cache<(u64, PackId), Arc<Directory>, ByMemory>,
     renewals: AtomicU64,
-    /// Packs so small that they came along with their directories, until they are read.
-    small: Cache<PackId, Bytes, ByMemory>,
+    /// What came along with directories that are small: most often a whole manifest, or its root.
+    came_along: Cache<PackId, CameAlong, ByMemory>,
     /// Those in which the index's answers were found last, newest first.
     recent: Mutex<VecDeque<(u64, PackId, Arc<Directory>)>>,
 }
@@ -68,8 +76,8 @@ pub(crate) struct Directories {
 impl Directories {
     pub(crate) fn new(store: Arc<dyn Store>, keys: Arc<KeyRing>) -> Self {
         let cache = Cache::with_weighter(4096, BUDGET_BYTES, ByMemory);
-        let small = Cache::with_weighter(256, SMALL_BYTES, ByMemory);
-        Self { store, keys, cache, renewals: AtomicU64::new(0), small, recent: Mutex::default() }
+        let came_along = Cache::with_weighter(256, CAME_ALONG_BYTES, ByMemory);
+        Self { store, keys, cache, renewals: AtomicU64::new(0), came_along, recent: Mutex::default() }
     }
 
     /// From now on a directory that is given proves that its pack existed after this call: others may have been
@@ -134,21 +142,26 @@ impl Directories {
             let sealed = self.store.get_range(&key, ByteRange::Bounded(range)).await?;
             Directory::open(pack, span, &sealed, &keys.structure)?
         };
-        if tail.len() as u64 != TAIL_BYTES {
-            self.small.insert(pack, tail);
+        // Of packs of data nearly all of the tail is directory, and what is before it is a part of one frame.
+        if let Some(at) = at
+            && at >= tail.len() / 2
+            && let Some(start) = u64::from(span.offset).checked_sub(at as u64)
+        {
+            self.came_along.insert(pack, CameAlong { start, bytes: tail.slice(..at) });
         }
         Ok(Arc::new(directory))
     }
 
-    /// Drops a pack that came along.
+    /// Drops what came along of a pack.
     pub(crate) fn forget_pack(&self, pack: PackId) {
-        self.small.remove(&pack);
+        self.came_along.remove(&pack);
     }
 
-    /// These bytes of a pack that came along with its directory.
+    /// These bytes of a pack if they came along with its directory.
     pub(crate) fn pack_range(&self, pack: PackId, range: &Range<u64>) -> Option<Bytes> {
-        let whole = self.small.get(&pack)?;
-        let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
-        (start <= end && end <= whole.len()).then(|| whole.slice(start..end))
+        let CameAlong { start, bytes } = self.came_along.get(&pack)?;
+        let at = usize::try_from(range.start.checked_sub(start)?).ok()?;
+        let end = usize::try_from(range.end.checked_sub(start)?).ok()?;
+        (at <= end && end <= bytes.len()).then(|| bytes.slice(at..end))
     }
 }

@@ -16,6 +16,7 @@ use lifeboat_repository::snapshot::Snapshot;
 use lifeboat_repository::store::Store;
 use lifeboat_repository::store::faulty::{Fault, Faulty};
 use lifeboat_repository::store::memory::Memory;
+use lifeboat_repository::tree;
 use tempfile::TempDir;
 use trees::{noise, secret, write};
 
@@ -175,4 +176,17 @@ async fn a_restore_registers_once_and_reads_small_packs_with_their_directories()
         "Put r",
     ];
     assert_eq!(machine.asked(), expected);
+}
+
+#[tokio::test]
+async fn pages_of_a_manifest_are_read_together_and_its_root_comes_with_the_directory() {
+    let (store, _, source) = made(3000).await;
+    let machine = Machine::new(&store);
+    let snapshot = machine.back_up(source.path()).await;
+    let repository = machine.open(&secret()).await.unwrap();
+    machine.asked();
+    let entries = tree::list(&repository, &snapshot, None, true).await.unwrap();
+    assert_eq!(entries.len(), 3007);
+    // The directory of the pack and the root, then all pages.
+    assert_eq!(machine.asked(), ["GetRange p", "GetRange p"]);
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, stream};
 use thiserror::Error;
@@ -17,8 +18,12 @@ use crate::id::ChunkId;
 use crate::read::ReadError;
 use crate::sink::{ChunkRef, ChunkSource};
 
-/// Pages that are read ahead.
+/// Lists of pieces that are read ahead.
 const AHEAD: usize = 3;
+/// Bytes of pages that are read together, most often by one request: pages lie side by side.
+const TOGETHER_BYTES: u64 = 2 << 20;
+/// Pages that are read together are read this many times ahead.
+const GROUPS_AHEAD: usize = 2;
 
 /// A manifest that cannot be read.
 #[derive(Debug, Clone, Error)]
@@ -90,10 +95,13 @@ impl Manifest {
 
     /// The entries of one page.
     pub async fn page(&self, number: usize) -> Result<Vec<Entry>, ManifestError> {
+        self.decode(number, &self.source.get(&self.pages[number].chunk).await?)
+    }
+
+    fn decode(&self, number: usize, plain: &[u8]) -> Result<Vec<Entry>, ManifestError> {
         let page = &self.pages[number];
-        let plain = self.source.get(&page.chunk).await?;
         let damaged = |what| ManifestError::Damaged { chunk: page.chunk.id, source: FormatError { what, at: 0 } };
-        let entries = decode_page(&plain).map_err(|source| ManifestError::Damaged { chunk: page.chunk.id, source })?;
+        let entries = decode_page(plain).map_err(|source| ManifestError::Damaged { chunk: page.chunk.id, source })?;
         if entries.first().is_none_or(|entry| entry.path != page.first) || entries.len() as u64 != page.entries {
             return Err(damaged("a page is not the one that the root record means"));
         }
@@ -108,14 +116,63 @@ impl Manifest {
 
     /// The entries of these pages, read ahead, in the order given.
     pub fn read(&self, numbers: Vec<usize>) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
-        let this = self.clone();
-        stream::iter(numbers)
-            .map(move |number| {
-                let this = this.clone();
-                async move { this.page(number).await }
+        let (reads, decodes) = (self.clone(), self.clone());
+        stream::iter(self.groups(&numbers))
+            .map(move |group| reads.clone().fetch(group))
+            .buffered(GROUPS_AHEAD)
+            .flat_map(move |fetched| {
+                let this = decodes.clone();
+                stream::iter(fetched.into_iter().map(move |(number, plain)| this.decode(number, &plain?)))
             })
-            .buffered(AHEAD)
             .boxed()
+    }
+
+    /// Pages that are read together.
+    fn groups(&self, numbers: &[usize]) -> Vec<Vec<usize>> {
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        let mut bytes = 0;
+        for &number in numbers {
+            let len = u64::from(self.pages[number].chunk.len);
+            bytes += len;
+            match groups.last_mut() {
+                Some(group) if bytes <= TOGETHER_BYTES => group.push(number),
+                _ => {
+                    bytes = len;
+                    groups.push(vec![number]);
+                }
+            }
+        }
+        groups
+    }
+
+    /// The stored bytes of these pages, in the order given.
+    async fn fetch(self, numbers: Vec<usize>) -> Vec<(usize, Result<Bytes, ReadError>)> {
+        let chunks: Vec<_> = numbers.iter().map(|number| self.pages[*number].chunk).collect();
+        let mut fetched = vec![None; numbers.len()];
+        let mut arriving = Arc::clone(&self.source).get_many(chunks.clone());
+        while let Some(arrived) = arriving.next().await {
+            // Which page an error is of it does not say: what is missing at the end is asked for by itself.
+            if let Ok((at, plain)) = arrived {
+                fetched[at] = Some(plain);
+            }
+        }
+        let mut pages = Vec::with_capacity(numbers.len());
+        let mut failed: Option<ReadError> = None;
+        for ((number, chunk), plain) in numbers.into_iter().zip(chunks).zip(fetched) {
+            let plain = match (plain, &failed) {
+                (Some(plain), _) => Ok(plain),
+                // A store that does not answer is not asked again for each.
+                (None, Some(error)) if !matches!(error.class(), ErrorClass::Damaged | ErrorClass::NotFound) => {
+                    Err(error.clone())
+                }
+                (None, _) => self.source.get(&chunk).await,
+            };
+            if let Err(error) = &plain {
+                failed = Some(error.clone());
+            }
+            pages.push((number, plain));
+        }
+        pages
     }
 
     /// The entry at exactly this path.
