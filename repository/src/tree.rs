@@ -116,8 +116,7 @@ pub async fn stream(
     snapshot: &Snapshot,
 ) -> Result<BoxStream<'static, Result<Vec<Entry>, ManifestError>>, TreeError> {
     let manifest = manifest(repository, snapshot).await?;
-    let all = (0..manifest.pages().len()).collect();
-    Ok(manifest.read(all))
+    Ok(manifest.read(0..manifest.pages().len()))
 }
 
 /// What a restore with these patterns would take, page by page, in path order; directories above it are left out.
@@ -142,7 +141,7 @@ fn walk(manifest: &Manifest, path: Vec<u8>, recursive: bool) -> BoxStream<'stati
         recursive || child(*page).is_none() || child(*page) != child(page + 1)
     });
     manifest
-        .read(wanted.collect())
+        .read(wanted)
         .map_ok(move |entries| {
             let is_wanted = |entry: &Entry| {
                 entry.path != path
@@ -199,7 +198,7 @@ pub async fn read_files(
     let source: Arc<dyn ChunkSource> = repository.reader()?;
     let manifest = Arc::new(Manifest::open(Arc::clone(&source), root_of(snapshot)?).await?);
     let files = manifest
-        .read((0..manifest.pages().len()).collect())
+        .read(0..manifest.pages().len())
         .map_ok(|entries| stream::iter(entries.into_iter().map(Ok::<_, ManifestError>)))
         .try_flatten()
         .try_filter_map(|entry| async move {

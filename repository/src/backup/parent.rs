@@ -33,7 +33,7 @@ impl ParentCursor {
     pub(super) fn start(manifest: Manifest, failure: Failure) -> Self {
         let (sender, receiver) = mpsc::channel(AHEAD);
         tokio::spawn(async move {
-            let mut pages = manifest.read((0..manifest.pages().len()).collect());
+            let mut pages = manifest.read(0..manifest.pages().len());
             while let Some(page) = pages.next().await {
                 match page {
                     Ok(entries) => {

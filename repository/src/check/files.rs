@@ -95,7 +95,7 @@ impl Check<'_> {
         for page in manifest.pages() {
             self.is_referenced(snapshot, &page.chunk, refs).await?;
         }
-        let mut pages = manifest.read((0..manifest.pages().len()).collect());
+        let mut pages = manifest.read(0..manifest.pages().len());
         while let Some(entries) = pages.next().await {
             for entry in entries? {
                 if self.progress.is_cancelled() {

@@ -115,9 +115,12 @@ impl Manifest {
     }
 
     /// The entries of these pages, read ahead, in the order given.
-    pub fn read(&self, numbers: Vec<usize>) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
+    pub fn read(
+        &self,
+        numbers: impl IntoIterator<Item = usize>,
+    ) -> BoxStream<'static, Result<Vec<Entry>, ManifestError>> {
         let (reads, decodes) = (self.clone(), self.clone());
-        stream::iter(self.groups(&numbers))
+        stream::iter(self.groups(numbers))
             .map(move |group| reads.clone().fetch(group))
             .buffered(GROUPS_AHEAD)
             .flat_map(move |fetched| {
@@ -128,10 +131,10 @@ impl Manifest {
     }
 
     /// Pages that are read together.
-    fn groups(&self, numbers: &[usize]) -> Vec<Vec<usize>> {
+    fn groups(&self, numbers: impl IntoIterator<Item = usize>) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         let mut bytes = 0;
-        for &number in numbers {
+        for number in numbers {
             let len = u64::from(self.pages[number].chunk.len);
             bytes += len;
             match groups.last_mut() {

@@ -54,7 +54,7 @@ pub(super) async fn tree(
         read_bytes: 0,
     };
     let mut writer = ManifestWriter::new(session.clone());
-    let mut pages = copy.manifest.read((0..copy.manifest.pages().len()).collect());
+    let mut pages = copy.manifest.read(0..copy.manifest.pages().len());
     while let Some(entries) = pages.try_next().await? {
         for entry in entries {
             progress.set_current(&entry.path);

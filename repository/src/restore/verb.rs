@@ -113,7 +113,7 @@ impl Restore {
         let mut found = FirstPass::default();
         let mut above: Vec<Entry> = Vec::new();
         let mut queue = Queue::new(self);
-        let mut pages = self.manifest.read(self.pages.clone());
+        let mut pages = self.manifest.read(self.pages.iter().copied());
         while let Some(page) = pages.next().await {
             self.target.check()?;
             let mut making = Vec::new();
@@ -148,7 +148,7 @@ impl Restore {
     async fn write_links(&self) -> Result<(), RestoreError> {
         // Names whose first one was not chosen: the first of them takes its part.
         let mut instead: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
-        let mut pages = self.manifest.read(self.pages.clone());
+        let mut pages = self.manifest.read(self.pages.iter().copied());
         while let Some(page) = pages.next().await {
             self.target.check()?;
             for entry in page? {
@@ -193,7 +193,7 @@ impl Restore {
     /// From the last path to the first, so that a directory that nobody may enter is closed after what is in it.
     async fn finish_directories(&self) -> Result<(), RestoreError> {
         let mut wanted_below: Option<Vec<u8>> = None;
-        let mut pages = self.manifest.read(self.pages.iter().rev().copied().collect());
+        let mut pages = self.manifest.read(self.pages.iter().rev().copied());
         while let Some(page) = pages.next().await {
             self.target.check()?;
             let mut directories = Vec::new();

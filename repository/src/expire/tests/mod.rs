@@ -131,7 +131,7 @@ async fn walk(repository: &Repository, snapshot: &Snapshot) -> Vec<ChunkRef> {
     let mut chunks: Vec<_> = root.iter().chain(skipped).copied().collect();
     let manifest = Manifest::open(repository.reader().unwrap(), root).await.unwrap();
     chunks.extend(manifest.pages().iter().map(|page| page.chunk));
-    let mut pages = manifest.read((0..manifest.pages().len()).collect());
+    let mut pages = manifest.read(0..manifest.pages().len());
     while let Some(entries) = pages.next().await {
         for entry in entries.unwrap() {
             let Kind::Regular(file) = &entry.kind else { continue };
