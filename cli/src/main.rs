@@ -12,6 +12,10 @@ mod repository;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::nice;
+
+/// What is added to the niceness of commands that keep a repository in order.
+const BEHIND_OTHERS: i32 = 10;
 
 fn main() -> ExitCode {
     lifeboat_repository::arenas::few_arenas();
@@ -22,6 +26,12 @@ fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| "warn,fuser=error".into()))
         .with_writer(std::io::stderr)
         .init();
+    // Before there are threads, which inherit it.
+    if arguments.command.is_upkeep()
+        && let Err(error) = nice(BEHIND_OTHERS)
+    {
+        tracing::warn!(%error, "this command does not let others go first");
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return output::failure(&anyhow::Error::from(error).context("cannot start")),

@@ -98,6 +98,13 @@ pub(crate) enum Command {
     Man(Man),
 }
 
+impl Command {
+    /// Whether nobody waits for it: backups and applications on the same machine go first.
+    pub(crate) fn is_upkeep(&self) -> bool {
+        matches!(self, Self::Check(_) | Self::Forget(_) | Self::Expire(_) | Self::Scrub(_))
+    }
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Backup {
     /// The folder

@@ -3,10 +3,12 @@
 
 mod machine;
 
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use machine::{Machine, says};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::Value;
 
 fn write(folder: &str, files: &[(&str, &str)]) {
@@ -397,4 +399,29 @@ fn a_disk_image_goes_there_and_back_and_its_holes_cost_nothing() {
     let folder = machine.text("folder");
     machine.prints(&["restore", "latest", &folder]);
     assert!(std::fs::read(format!("{folder}/volume.img")).unwrap() == bytes);
+}
+
+#[test]
+fn upkeep_lets_others_go_first() {
+    let machine = Machine::new();
+    let pipe = machine.text("key");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let niceness = |arguments: &[&str]| {
+        let mut command = machine.command(arguments);
+        command.env_remove("LIFEBOAT_PASSWORD").env("LIFEBOAT_KEY_FILE", &pipe).stdout(Stdio::piped());
+        let mut started = command.spawn().unwrap();
+        // Opens when the program does: it is at work then.
+        let mut key = std::fs::File::options().write(true).open(&pipe).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/stat", started.id())).unwrap();
+        key.write_all(&[9; 32]).unwrap();
+        drop(key);
+        assert!(started.wait().unwrap().success(), "{arguments:?}");
+        // The 19th field; the second one ends with the last bracket.
+        status.rsplit_once(')').unwrap().1.split_whitespace().nth(16).unwrap().parse::<i32>().unwrap()
+    };
+    let ours = niceness(&["init"]);
+    for command in [&["forget", "--keep-last", "1"][..], &["expire"], &["check"]] {
+        assert_eq!(niceness(command), (ours + 10).min(19), "{command:?}");
+    }
+    assert_eq!(niceness(&["snapshots"]), ours);
 }

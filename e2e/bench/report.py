@@ -59,7 +59,8 @@ def page(results: Results, found: list[tools.Tool], absent: dict[str, str], left
                   [row for change in results.changes for row in growth(change, results.grown(change))])
     text += ["## Many writers and deleters on one repository at once", "",
              "Each deleter takes all but the two newest backups off and reclaims, by settings that are safe beside backups (kopia and "
-             "rustic then delete a day later). Then a backup alone, and one of as much other data while a deleter runs without a pause.", ""]
+             "rustic then delete a day later). Then a backup alone, and one of as much other data while a deleter runs without a pause. "
+             "`lifeboat forget` and `expire` lower their own priority (nice 10); the others are run as they are.", ""]
     text += table("program | backups | refused | expiries | refused | alone MiB/s | beside expiries MiB/s | afterwards",
                   [f"| {one.tool} | {one.backups} | {one.backups_refused} | {one.expiries} | {one.expiries_refused} | {one.alone:.1f} | "
                    f"{'refused' if one.meanwhile is None else f'{one.meanwhile:.1f}'} | {one.after} |" for one in results.tallies])
