@@ -303,6 +303,8 @@ async fn rounds(s: &Scenario) -> Result<Vec<Round>> {
 #[test]
 fn whatever_dies_at_whatever_step_a_backup_ends_clearly_and_harms_nothing() {
     let (wanted, seed) = (number("LIFEBOAT_KILL_STEPS", 8), number("LIFEBOAT_KILL_SEED", 1));
+    // So many rounds were made by other runs with the same seed.
+    let made = number("LIFEBOAT_KILL_FROM", 0);
     scenario("kill-anything", async |s: Scenario| {
         s.apply(&application().to_string())?;
         s.kubectl(&["wait", "--for=condition=Ready", "pod/app", "--timeout=120s"])?;
@@ -315,8 +317,9 @@ fn whatever_dies_at_whatever_step_a_backup_ends_clearly_and_harms_nothing() {
             order += 1;
             chance(seed + order)
         });
-        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(total);
-        let chosen = choose(all, wanted);
+        let up_to = |count: u64| usize::try_from(count).unwrap_or(usize::MAX).min(total);
+        let chosen = choose(all, up_to(made.saturating_add(wanted))).split_off(up_to(made));
+        let wanted = chosen.len();
         let mut last = "undisturbed".to_owned();
         for (number, (program, step, victim)) in chosen.iter().enumerate() {
             let name = format!("b{number}");
