@@ -99,7 +99,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether nobody waits for it: backups and applications on the same machine go first.
+    /// Whether it keeps a repository in order, behind backups and applications on the same machine.
     pub(crate) fn is_upkeep(&self) -> bool {
         matches!(self, Self::Check(_) | Self::Forget(_) | Self::Expire(_) | Self::Scrub(_))
     }

@@ -8,7 +8,7 @@
 CPU seconds are user and system time of the program and its children, memory is its largest resident set. Caches of the
 file system are warm. A restore is compared with its source, byte by byte. No time makes it fail: only a program that
 fails or restores something else does. `e2e/bin/with-programs` before it brings the S3 server; PostgreSQL is installed
-where there is none, as Debian's package. Remove nothing that has many files in the ten minutes before: ext4 then searches
+where there is none, as Debian's package. Remove nothing that has many files shortly before: ext4 then searches
 long for free inodes, and the first programs that restore pay for it.
 """
 

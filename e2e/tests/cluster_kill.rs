@@ -319,6 +319,7 @@ fn whatever_dies_at_whatever_step_a_backup_ends_clearly_and_harms_nothing() {
         });
         let up_to = |count: u64| usize::try_from(count).unwrap_or(usize::MAX).min(total);
         let chosen = choose(all, up_to(made.saturating_add(wanted))).split_off(up_to(made));
+        ensure!(!chosen.is_empty(), "no round is left: there are {total}, and {made} were made");
         let wanted = chosen.len();
         let mut last = "undisturbed".to_owned();
         for (number, (program, step, victim)) in chosen.iter().enumerate() {

@@ -98,6 +98,7 @@ impl Manifest {
         self.decode(number, &self.source.get(&self.pages[number].chunk).await?)
     }
 
+    /// The entries in the stored bytes of a page, if they are those that the root record means.
     fn decode(&self, number: usize, plain: &[u8]) -> Result<Vec<Entry>, ManifestError> {
         let page = &self.pages[number];
         let damaged = |what| ManifestError::Damaged { chunk: page.chunk.id, source: FormatError { what, at: 0 } };
@@ -155,8 +156,10 @@ impl Manifest {
         let mut arriving = Arc::clone(&self.source).get_many(chunks.clone());
         while let Some(arrived) = arriving.next().await {
             // Which page an error is of it does not say: what is missing at the end is asked for by itself.
-            if let Ok((at, plain)) = arrived {
-                fetched[at] = Some(plain);
+            if let Ok((at, plain)) = arrived
+                && let Some(place) = fetched.get_mut(at)
+            {
+                *place = Some(plain);
             }
         }
         let mut pages = Vec::with_capacity(numbers.len());
