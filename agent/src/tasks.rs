@@ -9,6 +9,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use lifeboat_crds::VolumeTask;
 use lifeboat_crds::conditions::is_finished;
 use lifeboat_crds::volume_task::Operation;
+use lifeboat_process::reconnect;
 use lifeboat_process::server::Readiness;
 use lifeboat_repository::progress::Progress;
 use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
@@ -49,7 +50,7 @@ impl Room {
 /// Works until the watch fails for good, which it does not.
 pub(crate) async fn work(worker: Arc<Worker>, at_once: usize, readiness: Readiness) -> Result<()> {
     let mine = watcher::Config::default().fields(&format!("spec.nodeName={}", worker.node));
-    let mut events = std::pin::pin!(watcher(worker.tasks.clone(), mine).default_backoff());
+    let mut events = std::pin::pin!(watcher(worker.tasks.clone(), mine).backoff(reconnect::backoff()));
     let room = Room::new(at_once);
     let mut begun: HashMap<String, Arc<Progress>> = HashMap::new();
     let mut running: JoinSet<String> = JoinSet::new();

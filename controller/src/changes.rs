@@ -13,6 +13,7 @@ use kube::core::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource};
 use lifeboat_crds::QuiesceLease;
+use lifeboat_process::reconnect;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use tracing::debug;
@@ -77,7 +78,7 @@ impl Signal {
     {
         let teller = self.0.clone();
         tokio::spawn(async move {
-            let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
+            let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).backoff(reconnect::backoff()));
             while let Some(event) = events.next().await {
                 match event {
                     Ok(_) => {

@@ -1,6 +1,11 @@
 //! What dies in scenarios, and how an application notices that it is frozen.
 
+use std::collections::HashSet;
+
 use anyhow::Result;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt};
 
 use crate::scenario::{INSTALLED_IN, Scenario, launcher};
 
@@ -14,26 +19,34 @@ pub fn kill(what: &str) -> Result<usize> {
     NODES.iter().map(|node| Ok(launcher(&["in-node", node, "sh", "-c", &command])?.lines().count())).sum()
 }
 
-/// At least a controller, and an agent on each of three nodes.
-const LIFEBOATS_PODS: usize = 4;
-
 /// The controller's command line.
 pub const CONTROLLER: &str = "/lifeboat-controller";
 
-/// New pods, so that the pauses after their crashes do not add up.
+/// New pods, so that the pauses after their crashes do not add up: a controller, and an agent on each node, all at work.
 pub async fn fresh_lifeboat(s: &Scenario) -> Result<()> {
-    let pods = ["-n", INSTALLED_IN, "get", "pods", "-o"];
-    let names = |s: &Scenario| s.kubectl_cluster(&[&pods[..], &["name"]].concat());
-    let old = names(s)?;
+    let pods: Api<Pod> = Api::namespaced(s.client.clone(), INSTALLED_IN);
+    let ours = ListParams::default().labels("app.kubernetes.io/name=lifeboat");
+    let old: HashSet<_> = pods.list(&ours).await?.into_iter().filter_map(|pod| pod.uid()).collect();
     s.kubectl_cluster(&["-n", INSTALLED_IN, "delete", "pods", "--all", "--grace-period=0", "--force"])?;
-    // A rollout may be told complete before the deletion is seen, and a list be empty before the successors are made.
     s.eventually("the successors of all pods", async || {
-        let now = names(s)?;
-        Ok(now.lines().count() >= LIFEBOATS_PODS && old.lines().all(|gone| now.lines().all(|pod| pod != gone)))
+        let found = pods.list(&ours).await?.items;
+        let at_work: Vec<_> = found.iter().filter_map(at_work).collect();
+        let are_new = found.iter().filter_map(ResourceExt::uid).all(|uid| !old.contains(&uid));
+        let has = |component, node: Option<&str>| {
+            at_work.iter().any(|(is, on)| *is == component && node.is_none_or(|node| node == *on))
+        };
+        Ok(are_new && has("controller", None) && NODES.iter().all(|node| has("agent", Some(node))))
     })
-    .await?;
-    s.kubectl_cluster(&["-n", INSTALLED_IN, "wait", "--for=condition=Ready", "pods", "--all", "--timeout=120s"])
-        .map(|_| ())
+    .await
+}
+
+/// Component and node of a pod whose containers are all ready.
+fn at_work(pod: &Pod) -> Option<(&str, &str)> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let component = pod.labels().get("app.kubernetes.io/component")?;
+    let node = pod.spec.as_ref()?.node_name.as_ref()?;
+    (pod.metadata.deletion_timestamp.is_none() && containers.iter().all(|container| container.ready))
+        .then_some((component, node))
 }
 
 /// An application that waits while `/tmp/frozen` is there, writes to its volume, and notes in `/tmp/gaps` how long it could

@@ -335,38 +335,61 @@ fn a_guardian_killed_while_frozen_is_covered_by_the_second_and_the_backup_fails(
 fn without_a_guardian_commands_go_through_the_api_server_and_the_status_says_so() {
     scenario("quiesce-direct", async |s: Scenario| {
         s.sleeper("app")?;
-        let agents = |selector: &str| {
-            let patch = format!(r#"{{"spec":{{"template":{{"spec":{{"nodeSelector":{selector}}}}}}}}}"#);
-            s.kubectl_cluster(&["-n", INSTALLED_IN, "patch", "daemonset", "lifeboat-agent", "-p", &patch])
-        };
-        agents(r#"{"no":"node"}"#)?;
+        agents_on(&s, NO_NODE)?;
         s.eventually("no agent", async || {
             let selector = "app.kubernetes.io/component=agent";
             Ok(s.kubectl_cluster(&["-n", INSTALLED_IN, "get", "pods", "-l", selector, "-o", "name"])?.is_empty())
         })
         .await?;
-        let result = async {
-            let mut spec = plan_with(&s, &json!({"steps": [step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log")]}));
-            // Without agents nothing can be read; the freeze is what counts here.
+        let commands = step("echo freeze >> /tmp/log", "echo thaw >> /tmp/log");
+        let kernel = json!({"selector": {"matchLabels": {"app": "app"}}, "fsfreeze": {}});
+        // Without agents nothing can be read; the freeze is what counts here.
+        let plan = |steps: &[&Value]| {
+            let mut spec = plan_with(&s, &json!({"steps": steps}));
             spec["plan"]["volumes"] = json!([{"match": {}, "method": "Skip"}]);
-            s.start_backup("b", spec.clone()).await?;
+            spec
+        };
+        let result = async {
+            s.start_backup("b", plan(&[&commands])).await?;
             let status = s.backup_succeeded("b").await?.status.context("status")?;
             ensure!(log(&s)? == ["freeze", "thaw"], "{:?}", log(&s)?);
             let workload = &status.quiesce.context("quiesce")?.workloads[0];
             ensure!(workload.through == Some(Through::ApiServer) && workload.freeze_millis.is_some(), "{workload:?}");
             let quiesced = status.conditions.iter().find(|c| c.type_ == "Quiesced").context("Quiesced")?;
             ensure!(quiesced.message.contains("API server"), "{}", quiesced.message);
-            spec["plan"]["quiesce"]["steps"] = json!([{"selector": {"matchLabels": {"app": "app"}}, "fsfreeze": {}}]);
-            s.start_backup("c", spec).await?;
+            // What needs a guardian waits for one, and nothing before it is frozen in vain.
+            s.start_backup("c", plan(&[&commands, &kernel])).await?;
             let (_, message) = s.backup_failed("c", "HookFailed").await?;
             ensure!(message.contains("no guardian"), "{message}");
+            ensure!(log(&s)? == ["freeze", "thaw"], "{:?}", log(&s)?);
+            s.start_backup("d", plan(&[&commands, &kernel])).await?;
+            s.wait(&s.namespaced(), "d", "its wait for a guardian", |b: &Backup| {
+                let conditions = b.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+                conditions.iter().any(|c| c.type_ == "Quiesced" && c.reason == "Waiting")
+            })
+            .await?;
+            ensure!(kill(CONTROLLER)? > 0, "no controller was killed");
+            agents_on(&s, "null")?;
+            let status = s.backup_succeeded("d").await?.status.context("status")?;
+            let workloads = status.quiesce.context("quiesce")?.workloads;
+            let by_guardians = workloads.iter().all(|w| w.through == Some(Through::Guardian));
+            ensure!(workloads.len() == 2 && by_guardians, "{workloads:?}");
+            ensure!(log(&s)? == ["freeze", "thaw", "freeze", "thaw"], "{:?}", log(&s)?);
             Ok(())
         }
         .await;
-        agents("null")?;
+        agents_on(&s, "null")?;
         fresh_lifeboat(&s).await?;
         result
     });
+}
+
+const NO_NODE: &str = r#"{"no":"node"}"#;
+
+/// Agents only on nodes with these labels.
+fn agents_on(s: &Scenario, selector: &str) -> Result<()> {
+    let patch = format!(r#"{{"spec":{{"template":{{"spec":{{"nodeSelector":{selector}}}}}}}}}"#);
+    s.kubectl_cluster(&["-n", INSTALLED_IN, "patch", "daemonset", "lifeboat-agent", "-p", &patch]).map(|_| ())
 }
 
 #[test]

@@ -5,5 +5,6 @@
 pub mod access;
 pub mod hold;
 pub mod reasons;
+pub mod reconnect;
 pub mod server;
 pub mod telemetry;

@@ -11,6 +11,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use lifeboat_crds::quiesce_lease::{LeaseEnd, LeasePhase};
 use lifeboat_crds::{QuiesceLease, QuiesceLeaseStatus};
+use lifeboat_process::reconnect;
 use lifeboat_process::server::Readiness;
 use serde_json::json;
 use tokio::sync::watch;
@@ -38,7 +39,7 @@ pub(crate) async fn work<C: Containers>(
     readiness: Readiness,
 ) -> Result<()> {
     let mine = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let mut events = std::pin::pin!(watcher(leases.clone(), mine).default_backoff());
+    let mut events = std::pin::pin!(watcher(leases.clone(), mine).backoff(reconnect::backoff()));
     let mut known = Known::new();
     let mut listed = HashSet::new();
     loop {

@@ -206,6 +206,8 @@ pub(super) fn next_step(facts: &Facts<'_>, now: Timestamp) -> Step {
     if plan.quiesce.is_some() {
         match quiesced.map(|condition| (condition.status.as_str(), condition.reason.as_str())) {
             None => return Step::Freeze,
+            // Nothing is frozen before every guardian is ready; the controller died while it waited for one.
+            Some(("Unknown", reason)) if reason == Reason::Waiting.as_str() => return Step::Freeze,
             // Freezing happens within one step. To see it going on means that its controller died in it.
             Some(("Unknown", reason)) if reason == Reason::InProgress.as_str() => {
                 return Step::NoteFreezeFailure(

@@ -46,6 +46,7 @@ use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::plan::VolumeMethod;
 use lifeboat_crds::volume_task::{BackupOperation, MountedVolume, Operation, RepositoryAccess};
 use lifeboat_crds::{Backup, BackupStatus, ClusterRepository, VolumeTask, labels};
+use lifeboat_process::reconnect;
 use serde_json::json;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -69,7 +70,7 @@ const MOUNTS_GATHERED: Duration = Duration::from_millis(50);
 pub(crate) async fn control(context: Arc<Context>) {
     let backups: Api<Backup> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    let controller = Controller::new(backups, watcher::Config::default());
+    let controller = Controller::new(backups, watcher::Config::default()).trigger_backoff(reconnect::backoff());
     // Open before the first freeze waits for it.
     drop(context.watches.leases());
     context.dispatch.backups.get_or_init(|| controller.store());

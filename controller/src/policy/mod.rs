@@ -19,6 +19,7 @@ use lifeboat_crds::backup::{DeletionPolicy, PolicyRef};
 use lifeboat_crds::backup_policy::Concurrency;
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::{Backup, BackupPolicy, BackupPolicyStatus, BackupSpec, ClusterRepository, labels};
+use lifeboat_process::reconnect;
 use tracing::info;
 
 use self::schedule::{Due, Plan};
@@ -33,6 +34,7 @@ pub(crate) async fn control(context: Arc<Context>) {
     let policies: Api<BackupPolicy> = Api::all(context.client.clone());
     let backups: Api<Backup> = Api::all(context.client.clone());
     Controller::new(policies, watcher::Config::default())
+        .trigger_backoff(reconnect::backoff())
         .watches(backups, watcher::Config::default(), |backup| {
             let policy = backup.spec.policy_ref.as_ref()?.name.clone();
             Some(ObjectRef::new(&policy).within(&backup.namespace()?))

@@ -16,6 +16,7 @@ use lifeboat_crds::cluster_repository::Mode;
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::{ClusterRepository, ClusterRepositoryStatus};
 use lifeboat_process::access::AccessError;
+use lifeboat_process::reconnect;
 use lifeboat_repository::snapshot::Content;
 use tracing::info;
 
@@ -32,7 +33,7 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
     let api: Api<ClusterRepository> = Api::all(context.client.clone());
-    let controller = Controller::new(api, watcher::Config::default());
+    let controller = Controller::new(api, watcher::Config::default()).trigger_backoff(reconnect::backoff());
     context.dispatch.repositories.get_or_init(|| controller.store());
     controller.run(reconcile, on_error, context).for_each(|_| async {}).await;
 }

@@ -26,6 +26,7 @@ use lifeboat_crds::backup::Phase;
 use lifeboat_crds::conditions::{self, ConditionType, Reason, State};
 use lifeboat_crds::{ClusterRepository, Restore, RestoreStatus, VolumeTask, labels};
 use lifeboat_process::access::AccessError;
+use lifeboat_process::reconnect;
 use lifeboat_repository::repository::Repository;
 use serde_json::json;
 use tracing::{Instrument, info_span, warn};
@@ -40,7 +41,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub(crate) async fn control(context: Arc<Context>) {
     let restores: Api<Restore> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    let controller = Controller::new(restores, watcher::Config::default());
+    let controller = Controller::new(restores, watcher::Config::default()).trigger_backoff(reconnect::backoff());
     context.dispatch.restores.get_or_init(|| controller.store());
     controller
         .watches(tasks, watcher::Config::default(), |task| {

@@ -23,6 +23,30 @@ signal_component() { # COMPONENT SIGNAL
   signal_in "${resolved% *}" "${resolved#* }" "$2"
 }
 
+# Elsewhere the clients of an API server that is away lose their elections, end, and are started again. These have no elections:
+# left alone, they ask again after up to a minute.
+restart_clients() {
+  in_node n1 /bin/bash -c 'for file in /run/node/{controller-manager,scheduler,csi-*,snapshot-controller}.pid; do
+      pid=$(cat "$file" 2>/dev/null) && kill -s KILL -- "-$pid" 2>/dev/null || continue
+      for i in {1..100}; do kill -0 "$pid" 2>/dev/null || continue 2; sleep 0.05; done
+      echo "$file: it does not die" >&2
+      exit 1
+    done'
+  start_controllers
+  [ ! -e "$STATE/run/pool.device" ] || start_sidecars
+}
+
+restart_apiserver() {
+  local dead
+  dead=$(dead_components)
+  start_apiserver
+  case $dead in
+    *n1/etcd* | *n1/apiserver*)
+      wait_for "API server" "$(log_in n1 apiserver)" kubectl get --raw=/readyz
+      restart_clients ;;
+  esac
+}
+
 start_component() {
   local resolved node name
   if [ "$1" = s3 ]; then s3_start; return; fi
@@ -30,7 +54,7 @@ start_component() {
   node=${resolved% *} name=${resolved#* }
   known_node "$node"
   case $name in
-    etcd | apiserver) start_apiserver ;;
+    etcd | apiserver) restart_apiserver ;;
     controller-manager | scheduler) start_controllers ;;
     containerd) start_in "$node" containerd containerd -c /etc/containerd/config.toml ;;
     kubelet)

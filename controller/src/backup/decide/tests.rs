@@ -175,6 +175,11 @@ fn a_controller_that_died_while_freezing_thaws() {
 }
 
 #[test]
+fn a_controller_that_died_while_it_waited_for_a_guardian_freezes() {
+    assert_eq!(World::new(status("Fail", Some(("Unknown", "Waiting")), false, false)).step(NOW), Step::Freeze);
+}
+
+#[test]
 fn an_ended_backup_is_cleaned_once() {
     let mut ended = status("Fail", None, false, true);
     ended["conditions"] = json!([{"type": "Succeeded", "status": "True", "reason": "Completed", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]);

@@ -20,6 +20,21 @@ const RESERVE: Duration = Duration::from_secs(2);
 /// For short commands of our own.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Whether only a guardian can bring the workload to rest.
+pub(super) fn cannot(target: &Target) -> bool {
+    matches!(target.action, QuiesceAction::Fsfreeze(_))
+}
+
+/// Why a workload that needs a guardian is not brought to rest.
+pub(super) fn no_guardian(target: &Target) -> (Reason, String) {
+    let node = &target.node;
+    let message = format!(
+        "no guardian of Lifeboat is ready on the node {node}, which fsfreeze needs; look at the pod of the DaemonSet \
+         lifeboat-agent there"
+    );
+    (Reason::HookFailed, message)
+}
+
 /// Brings a workload to rest for at most `left`.
 pub(super) async fn freeze(
     pods: &Api<Pod>,
@@ -30,10 +45,7 @@ pub(super) async fn freeze(
     let command = match &target.action {
         QuiesceAction::Commands(pair) => hold::commands(pair.freeze.as_deref(), pair.thaw.as_deref()),
         QuiesceAction::Hold(hold) => hold.command.clone(),
-        QuiesceAction::Fsfreeze(_) => {
-            let message = format!("no guardian of Lifeboat is ready on the node {}, which fsfreeze needs", target.node);
-            return Err((Reason::HookFailed, message));
-        }
+        QuiesceAction::Fsfreeze(_) => return Err(no_guardian(target)),
     };
     let end = left.saturating_sub((left / 10).min(RESERVE));
     let limit = target.timeout.min(end);

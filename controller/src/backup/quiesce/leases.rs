@@ -1,6 +1,6 @@
 //! The leases of a backup: made for the guardians of the nodes, watched, released, removed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -28,16 +28,18 @@ pub(super) fn name(backup_uid: &str, step: u32, pod_uid: &str, container: &str) 
     task::name('q', backup_uid, &format!("{step}/{pod_uid}/{container}"))
 }
 
-/// The nodes whose guardian is ready.
-pub(super) async fn guarded_nodes(context: &Context) -> Result<BTreeSet<String>> {
+/// The nodes with a guardian, and whether it is ready.
+pub(super) async fn guarded_nodes(context: &Context) -> Result<BTreeMap<String, bool>> {
     let agents = ListParams::default().labels("app.kubernetes.io/name=lifeboat,app.kubernetes.io/component=agent");
     let pods = context.namespaced::<Pod>(&context.namespace).list(&agents).await.context("cannot list the agents")?;
-    let is_ready = |pod: &Pod| {
-        let statuses = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
-        pod.metadata.deletion_timestamp.is_none()
-            && statuses.into_iter().any(|status| status.name == "guardian" && status.ready)
-    };
-    Ok(pods.into_iter().filter(is_ready).filter_map(|pod| pod.spec?.node_name).collect())
+    let mut nodes = BTreeMap::new();
+    for pod in pods.into_iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        let Some(node) = pod.spec.and_then(|spec| spec.node_name) else { continue };
+        let statuses = pod.status.into_iter().flat_map(|status| status.container_statuses.unwrap_or_default());
+        let is_ready = statuses.into_iter().any(|status| status.name == "guardian" && status.ready);
+        *nodes.entry(node).or_default() |= is_ready;
+    }
+    Ok(nodes)
 }
 
 /// Asks the guardian of the workload's node to bring it to rest.

@@ -11,6 +11,7 @@ mod workloads;
 pub(super) use self::leases::remove as remove_leases;
 pub(super) use self::workloads::adopt_declared;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -34,6 +35,8 @@ const DEFAULT_MAX_FREEZE: Duration = Duration::from_mins(1);
 const LOOK: Duration = Duration::from_millis(250);
 /// Leases that change together are looked at together.
 const TOGETHER: Duration = Duration::from_millis(5);
+/// For guardians that are being started, before anything is frozen.
+const GUARDIAN_PATIENCE: Duration = Duration::from_secs(30);
 /// A guardian that does not take a lease within this time does not take it at all.
 const UNTAKEN: Duration = Duration::from_secs(5);
 /// A guardian tells within this time that it let go; then its work is done without it.
@@ -51,10 +54,16 @@ pub(super) async fn freeze(run: &mut Run, context: &Context) -> Result<()> {
             return note_failure(run, context, reason, message).await;
         }
     };
-    let guarded = leases::guarded_nodes(context).await?;
+    let guarded = await_guardians(run, &targets, context).await?;
     let through = |target: &Target| {
-        if guarded.contains(&target.node) { Through::Guardian } else { Through::ApiServer }
+        if guarded.get(&target.node) == Some(&true) { Through::Guardian } else { Through::ApiServer }
     };
+    if let Some(target) = targets.iter().find(|target| through(target) == Through::ApiServer && direct::cannot(target)) {
+        run.status.quiesce = Some(QuiesceStatus::default());
+        let (reason, why) = direct::no_guardian(target);
+        let message = format!("the quiesce {} failed: {why}", place(&announce(target, Through::ApiServer)));
+        return note_failure(run, context, reason, message).await;
+    }
     let announced = targets.iter().map(|target| announce(target, through(target))).collect();
     let now = Timestamp::now();
     let deadline = now.checked_add(longest(quiesce.max_freeze.as_ref())).unwrap_or(Timestamp::MAX);
@@ -74,6 +83,35 @@ pub(super) async fn freeze(run: &mut Run, context: &Context) -> Result<()> {
         }
         Err((reason, message)) => note_failure(run, context, reason, message).await,
     }
+}
+
+/// Waits for guardians that are being started, so that a moment in which a node has none costs no backup; nothing is frozen
+/// yet. Returns the nodes with a guardian, and whether it is ready.
+async fn await_guardians(run: &mut Run, targets: &[Target], context: &Context) -> Result<BTreeMap<String, bool>> {
+    let end = tokio::time::Instant::now() + GUARDIAN_PATIENCE;
+    let mut is_told = false;
+    loop {
+        let guarded = leases::guarded_nodes(context).await?;
+        let Some(node) = targets.iter().find(|target| is_to_come(target, &guarded)).map(|target| &target.node) else {
+            return Ok(guarded);
+        };
+        if tokio::time::Instant::now() > end {
+            warn!(node, "no guardian became ready");
+            return Ok(guarded);
+        }
+        if !is_told {
+            is_told = true;
+            let message = format!("nothing is frozen before the guardian of the node {node} is ready");
+            run.set(ConditionType::Quiesced, State::Unknown, Reason::Waiting, message);
+            run.save(context).await?;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Whether the workload's guardian is worth waiting for: one that is being started, or any where nothing else will do.
+fn is_to_come(target: &Target, guarded: &BTreeMap<String, bool>) -> bool {
+    guarded.get(&target.node).map_or(direct::cannot(target), |is_ready| !is_ready)
 }
 
 fn longest(max_freeze: Option<&DurationString>) -> SignedDuration {
