@@ -2,6 +2,8 @@
 #![cfg(feature = "cluster")]
 #![allow(clippy::print_stdout)]
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -9,7 +11,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use lifeboat_crds::{
     VolumeTask,
-    backup::Phase,
+    backup::{Phase, Through},
     conditions::{self, ConditionType},
 };
 use lifeboat_e2e::faults::{CONTROLLER, fresh_lifeboat, kill};
@@ -18,6 +20,8 @@ use serde_json::json;
 
 /// Objects that take some seconds to be created.
 const MANY: usize = 3000;
+/// How long the API server is away.
+const OUTAGE: Duration = Duration::from_secs(15);
 /// Data that takes some seconds to read: it cannot be compressed.
 const FILL: &str = "for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/data/big$i bs=1M count=100 2>/dev/null; done; sync";
 
@@ -139,6 +143,25 @@ fn an_object_store_that_goes_away_for_a_while_costs_time_only() {
         launcher(&["s3", "start"])?;
         s.backup_succeeded("b").await?;
         restores(&s).await
+    });
+}
+
+#[test]
+fn after_an_outage_of_the_api_server_the_next_freeze_is_heard() {
+    scenario("api-server-away", async |s: Scenario| {
+        s.sleeper("app")?;
+        let dead = s.kill_api_server()?;
+        // Pauses that grow to a minute would be long by now.
+        tokio::time::sleep(OUTAGE).await;
+        drop(dead);
+        let app = json!({"matchLabels": {"app": "app"}});
+        let mut plan = s.live_plan();
+        plan["quiesce"] = json!({"steps": [{"selector": app, "exec": {"freeze": ["true"]}}, {"selector": app, "fsfreeze": {}}]});
+        s.start_backup("b", json!({"plan": plan})).await?;
+        let status = s.backup_succeeded("b").await?.status.context("status")?;
+        let workloads = status.quiesce.context("quiesce")?.workloads;
+        ensure!(workloads.iter().all(|w| w.through == Some(Through::Guardian)), "{workloads:?}");
+        Ok(())
     });
 }
 

@@ -6,17 +6,18 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::ExponentialBackoff;
 
 const SHORTEST: Duration = Duration::from_millis(200);
-const LONGEST: Duration = Duration::from_secs(5);
+/// The longest pause where nobody waits for what the watch tells.
+pub const LONGEST: Duration = Duration::from_secs(5);
 
-/// Pauses between attempts to open a watch that has failed: longer each time, from 0.2 s to 5 s, each up to doubled by chance.
+/// Pauses between attempts to open a watch that has failed: longer each time, from 0.2 s to `longest`, each up to doubled by chance.
 ///
-/// Those that are usual in Kubernetes grow to a minute. A guardian that is deaf for so long after the API server was away for some
-/// seconds costs the backups of that minute; a request every five seconds costs the API server nothing.
-pub fn backoff() -> impl Backoff + use<> {
+/// Those that are usual in Kubernetes grow to a minute: for so long nothing would be done after the API server was away for some
+/// seconds.
+pub fn backoff(longest: Duration) -> impl Backoff {
     ExponentialBackoff::from(
         backon::ExponentialBuilder::default()
             .with_min_delay(SHORTEST)
-            .with_max_delay(LONGEST)
+            .with_max_delay(longest)
             .with_factor(2.0)
             .without_max_times()
             .with_jitter(),
@@ -29,7 +30,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_their_limit_never_end_and_begin_anew() {
-        let mut pauses = backoff();
+        let mut pauses = backoff(LONGEST);
         let first = pauses.next().expect("a pause");
         assert!((SHORTEST..=2 * SHORTEST).contains(&first), "{first:?}");
         assert!(pauses.by_ref().take(1000).all(|pause| pause <= 2 * LONGEST));

@@ -25,6 +25,8 @@ use super::keeper::Guardian;
 const AGAIN: Duration = Duration::from_millis(500);
 /// The end of a lease is told for this many attempts.
 const ATTEMPTS: u32 = 600;
+/// Between attempts to open the watch again, up to doubled by chance: the controller waits for 5 s until a lease is taken.
+const LONGEST_DEAF: Duration = Duration::from_secs(2);
 /// How often it is looked whether what another guardian left is thawed.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -39,7 +41,7 @@ pub(crate) async fn work<C: Containers>(
     readiness: Readiness,
 ) -> Result<()> {
     let mine = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let mut events = std::pin::pin!(watcher(leases.clone(), mine).backoff(reconnect::backoff()));
+    let mut events = std::pin::pin!(watcher(leases.clone(), mine).backoff(reconnect::backoff(LONGEST_DEAF)));
     let mut known = Known::new();
     let mut listed = HashSet::new();
     loop {

@@ -34,7 +34,7 @@ pub(crate) async fn control(context: Arc<Context>) {
     let policies: Api<BackupPolicy> = Api::all(context.client.clone());
     let backups: Api<Backup> = Api::all(context.client.clone());
     Controller::new(policies, watcher::Config::default())
-        .trigger_backoff(reconnect::backoff())
+        .trigger_backoff(reconnect::backoff(reconnect::LONGEST))
         .watches(backups, watcher::Config::default(), |backup| {
             let policy = backup.spec.policy_ref.as_ref()?.name.clone();
             Some(ObjectRef::new(&policy).within(&backup.namespace()?))

@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_millis(250);
 const TOGETHER: Duration = Duration::from_millis(5);
 /// For guardians that are being started, before anything is frozen.
 const GUARDIAN_PATIENCE: Duration = Duration::from_secs(30);
-/// A guardian that does not take a lease within this time does not take it at all.
+/// A guardian that does not take a lease within this time does not take it at all. One that was cut off asks again sooner.
 const UNTAKEN: Duration = Duration::from_secs(5);
 /// A guardian tells within this time that it let go; then its work is done without it.
 const THAW_PATIENCE: Duration = Duration::from_secs(15);
