@@ -50,7 +50,8 @@ impl Room {
 /// Works until the watch fails for good, which it does not.
 pub(crate) async fn work(worker: Arc<Worker>, at_once: usize, readiness: Readiness) -> Result<()> {
     let mine = watcher::Config::default().fields(&format!("spec.nodeName={}", worker.node));
-    let mut events = std::pin::pin!(watcher(worker.tasks.clone(), mine).backoff(reconnect::backoff(reconnect::LONGEST)));
+    let mut events =
+        std::pin::pin!(watcher(worker.tasks.clone(), mine).backoff(reconnect::backoff(reconnect::LONGEST)));
     let room = Room::new(at_once);
     let mut begun: HashMap<String, Arc<Progress>> = HashMap::new();
     let mut running: JoinSet<String> = JoinSet::new();

@@ -78,7 +78,9 @@ impl Signal {
     {
         let teller = self.0.clone();
         tokio::spawn(async move {
-            let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).backoff(reconnect::backoff(reconnect::LONGEST)));
+            let mut events = std::pin::pin!(
+                watcher(api, watcher::Config::default()).backoff(reconnect::backoff(reconnect::LONGEST))
+            );
             while let Some(event) = events.next().await {
                 match event {
                     Ok(_) => {

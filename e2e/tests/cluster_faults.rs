@@ -156,7 +156,8 @@ fn after_an_outage_of_the_api_server_the_next_freeze_is_heard() {
         drop(dead);
         let app = json!({"matchLabels": {"app": "app"}});
         let mut plan = s.live_plan();
-        plan["quiesce"] = json!({"steps": [{"selector": app, "exec": {"freeze": ["true"]}}, {"selector": app, "fsfreeze": {}}]});
+        plan["quiesce"] =
+            json!({"steps": [{"selector": app, "exec": {"freeze": ["true"]}}, {"selector": app, "fsfreeze": {}}]});
         s.start_backup("b", json!({"plan": plan})).await?;
         let status = s.backup_succeeded("b").await?.status.context("status")?;
         let workloads = status.quiesce.context("quiesce")?.workloads;

@@ -70,7 +70,8 @@ const MOUNTS_GATHERED: Duration = Duration::from_millis(50);
 pub(crate) async fn control(context: Arc<Context>) {
     let backups: Api<Backup> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    let controller = Controller::new(backups, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
+    let controller =
+        Controller::new(backups, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
     // Open before the first freeze waits for it.
     drop(context.watches.leases());
     context.dispatch.backups.get_or_init(|| controller.store());

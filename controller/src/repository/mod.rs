@@ -33,7 +33,8 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 /// Runs the control loop.
 pub(crate) async fn control(context: Arc<Context>) {
     let api: Api<ClusterRepository> = Api::all(context.client.clone());
-    let controller = Controller::new(api, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
+    let controller =
+        Controller::new(api, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
     context.dispatch.repositories.get_or_init(|| controller.store());
     controller.run(reconcile, on_error, context).for_each(|_| async {}).await;
 }

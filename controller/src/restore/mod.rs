@@ -41,7 +41,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub(crate) async fn control(context: Arc<Context>) {
     let restores: Api<Restore> = Api::all(context.client.clone());
     let tasks: Api<VolumeTask> = Api::namespaced(context.client.clone(), &context.namespace);
-    let controller = Controller::new(restores, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
+    let controller =
+        Controller::new(restores, watcher::Config::default()).trigger_backoff(reconnect::backoff(reconnect::LONGEST));
     context.dispatch.restores.get_or_init(|| controller.store());
     controller
         .watches(tasks, watcher::Config::default(), |task| {

@@ -58,7 +58,8 @@ pub(super) async fn freeze(run: &mut Run, context: &Context) -> Result<()> {
     let through = |target: &Target| {
         if guarded.get(&target.node) == Some(&true) { Through::Guardian } else { Through::ApiServer }
     };
-    if let Some(target) = targets.iter().find(|target| through(target) == Through::ApiServer && direct::cannot(target)) {
+    if let Some(target) = targets.iter().find(|target| through(target) == Through::ApiServer && direct::cannot(target))
+    {
         run.status.quiesce = Some(QuiesceStatus::default());
         let (reason, why) = direct::no_guardian(target);
         let message = format!("the quiesce {} failed: {why}", place(&announce(target, Through::ApiServer)));
