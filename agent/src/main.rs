@@ -88,7 +88,7 @@ struct RunOptions {
 }
 
 fn main() -> Result<()> {
-    lifeboat_repository::arenas::few_arenas();
+    lifeboat_repository::allocator::few_arenas();
     let options = Options::parse();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start worker threads")?;

@@ -18,7 +18,7 @@ use rustix::process::nice;
 const BEHIND_OTHERS: i32 = 10;
 
 fn main() -> ExitCode {
-    lifeboat_repository::arenas::few_arenas();
+    lifeboat_repository::allocator::few_arenas();
     let arguments = options::Arguments::parse();
     // The library for mounts warns of what is no failure: of questions that it has no answer for, of a mount that another took away.
     let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");

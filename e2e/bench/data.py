@@ -84,6 +84,15 @@ def few_lines() -> list[str]:
     return lines(random.Random(6))
 
 
+def warm(root: Path) -> None:
+    """Reads everything once: the first program finds it in memory as the others do."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as file:
+                while file.read(1 << 20):
+                    pass
+
+
 def change_small(root: Path, round_number: int) -> None:
     """Gives 5% of the small files new bytes; every second of these becomes another file instead."""
     rng = random.Random(200 + round_number)

@@ -10,6 +10,8 @@ use hpke::{Deserializable, Kem, OpModeR, OpModeS, Serializable};
 use thiserror::Error;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+use crate::allocator;
+
 type Sealing = hpke::aead::AesGcm256;
 type Kdf = hpke::kdf::HkdfSha256;
 type Exchange = hpke::kem::X25519HkdfSha256;
@@ -232,8 +234,12 @@ impl Cost {
             argon2::Params::new(self.memory_kib, self.passes, self.lanes, Some(32)).map_err(|_| CryptoError::Cost)?;
         let mut key = [0; 32];
         let _alone = STRETCHING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(params.block_count()).map_err(|_| CryptoError::Cost)?;
+        allocator::huge_pages(blocks.spare_capacity_mut());
+        blocks.resize(params.block_count(), argon2::Block::new());
         argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params)
-            .hash_password_into(passphrase, salt, &mut key)
+            .hash_password_into_with_memory(passphrase, salt, &mut key, &mut blocks)
             .map_err(|_| CryptoError::Cost)?;
         Ok(SecretKey::new(key))
     }

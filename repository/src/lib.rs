@@ -4,7 +4,7 @@
 //! This crate knows nothing of Kubernetes and prints nothing.
 
 mod aligned;
-pub mod arenas;
+pub mod allocator;
 pub mod backup;
 mod beneath;
 pub mod browse;

@@ -8,6 +8,8 @@ use crate::id::PackId;
 const MAX_GAP_BYTES: u64 = 512 << 10;
 /// A read is not made longer than this, so that several in flight fit into memory.
 const MAX_READ_BYTES: u64 = 8 << 20;
+/// Reads up to this length come before longer ones: what they bring is little, and others may need it to be whole.
+const SMALL_READ_BYTES: u64 = 1 << 20;
 /// Frames of a read are opened together up to this many plain bytes: small frames may unfold to much more than they are.
 const MAX_GROUP_BYTES: u64 = 2 << 20;
 
@@ -30,7 +32,7 @@ pub(super) struct Read {
     pub(super) groups: Vec<Vec<Wanted>>,
 }
 
-/// Puts frames into reads, by pack and offset.
+/// Puts frames into reads: small ones first, otherwise by pack and offset.
 pub(super) fn coalesce(mut wanted: Vec<Wanted>) -> Vec<Read> {
     wanted.sort_by_key(|frame| (frame.pack, frame.range.start));
     let mut reads: Vec<Read> = Vec::new();
@@ -58,6 +60,7 @@ pub(super) fn coalesce(mut wanted: Vec<Wanted>) -> Vec<Read> {
             }
         }
     }
+    reads.sort_by_key(|read| read.range.end - read.range.start > SMALL_READ_BYTES);
     reads
 }
 
@@ -90,6 +93,12 @@ mod tests {
         ]);
         assert_eq!(reads.iter().map(|r| r.range.clone()).collect::<Vec<_>>(), [0..900_010, 0..1]);
         assert_eq!(coalesce(vec![wanted(1, 0, 10, 0), wanted(1, 600_000, 10, 1)]).len(), 2);
+    }
+
+    #[test]
+    fn small_reads_come_first() {
+        let frames = vec![wanted(1, 0, 3 << 20, 0), wanted(2, 0, 8 << 10, 1), wanted(3, 0, 2 << 20, 2)];
+        assert_eq!(coalesce(frames).iter().map(|read| read.pack.seq).collect::<Vec<_>>(), [2, 1, 3]);
     }
 
     proptest! {

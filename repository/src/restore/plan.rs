@@ -22,6 +22,9 @@ const MAX_CHUNKS: usize = 1024;
 const MAX_OPEN: usize = 256;
 /// Writes that are planned together.
 const MAX_WRITES: usize = 16 << 10;
+/// Bytes that are planned together when chunks have several places each, as where pages changed: so little of a file waits for them
+/// that its runs become whole.
+const MAX_MIXED_BYTES: u64 = 96 << 20;
 /// Chunks that are being written at the same time.
 const WRITERS: usize = 4;
 
@@ -32,6 +35,7 @@ pub(super) struct Batch {
     writes: Vec<Vec<Write>>,
     known: HashMap<ChunkRef, usize>,
     count: usize,
+    bytes: u64,
     open: usize,
 }
 
@@ -47,6 +51,7 @@ impl Batch {
         });
         self.writes[number].push(Write { file: Arc::clone(file), at, from: offset, len });
         self.count += 1;
+        self.bytes += u64::from(len);
     }
 
     /// Notes that a file may stay open while the batch is written.
@@ -59,7 +64,11 @@ impl Batch {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.chunks.len() >= MAX_CHUNKS || self.open >= MAX_OPEN || self.count >= MAX_WRITES
+        let is_mixed = self.count > 2 * self.chunks.len();
+        self.chunks.len() >= MAX_CHUNKS
+            || self.open >= MAX_OPEN
+            || self.count >= MAX_WRITES
+            || is_mixed && self.bytes >= MAX_MIXED_BYTES
     }
 
     pub(super) fn take(&mut self) -> Self {

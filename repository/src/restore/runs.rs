@@ -4,11 +4,13 @@
 //! restore, and pushed out what others have there.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use roaring::RoaringTreemap;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
@@ -20,25 +22,36 @@ use crate::beneath::proc_path;
 pub(super) const MIN_BYTES: u64 = 1 << 20;
 /// Runs that are gathered at the same time, all files together: 32 MiB. What finds no room goes through the page cache.
 const MAX_OPEN: usize = 16;
+/// Parts up to this length open no run, they wait for it: pages that changed arrive before what lies around them.
+const SMALL_BYTES: usize = 64 << 10;
+/// So many bytes wait at most, all files together.
+const MAX_WAITING_BYTES: usize = 8 << 20;
 
-/// Room for runs, shared by the files of a restore.
+/// Room for runs and for parts that wait, shared by the files of a restore.
 #[derive(Debug, Default)]
-pub(super) struct Room(AtomicUsize);
+pub(super) struct Room {
+    runs: AtomicUsize,
+    waiting: AtomicUsize,
+}
 
-/// A run's place in [`Room`].
-struct Taken(Arc<Room>);
+/// A place in [`Room`]: so much of one of its counts.
+struct Taken {
+    room: Arc<Room>,
+    count: fn(&Room) -> &AtomicUsize,
+    much: usize,
+}
 
-impl Room {
-    fn take(self: &Arc<Self>) -> Option<Taken> {
-        let taken =
-            self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |open| (open < MAX_OPEN).then_some(open + 1));
-        taken.ok().map(|_| Taken(Arc::clone(self)))
+impl Taken {
+    fn take(room: &Arc<Room>, count: fn(&Room) -> &AtomicUsize, much: usize, most: usize) -> Option<Self> {
+        let more = |taken: usize| taken.checked_add(much).filter(|taken| *taken <= most);
+        count(room).try_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+        Some(Self { room: Arc::clone(room), count, much })
     }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::SeqCst);
+        (self.count)(&self.room).fetch_sub(self.much, Ordering::SeqCst);
     }
 }
 
@@ -48,10 +61,14 @@ struct Run {
     /// What of the buffer was written, in order, apart from each other. Only this may reach the file: the rest of the
     /// buffer is what another file left there.
     filled: Vec<Range<usize>>,
-    _room: Taken,
+    _room: Option<Taken>,
 }
 
 impl Run {
+    fn new(room: Option<Taken>) -> Self {
+        Self { buffer: AlignedBuffer::take(), filled: Vec::new(), _room: room }
+    }
+
     fn fill(&mut self, at: usize, bytes: &[u8]) {
         let range = at..at + bytes.len();
         self.buffer[range.clone()].copy_from_slice(bytes);
@@ -71,6 +88,63 @@ impl Run {
     }
 }
 
+/// A part that waits for its run to be opened.
+struct Waiting {
+    bytes: Vec<u8>,
+    _room: Taken,
+}
+
+/// What of a file is not written yet, by the offset in the file.
+#[derive(Default)]
+struct Gathered {
+    open: BTreeMap<u64, Run>,
+    waiting: BTreeMap<u64, Waiting>,
+    /// The numbers of runs of which a part was written without them: they will never be whole, and must not keep others out.
+    passed: RoaringTreemap,
+}
+
+impl Gathered {
+    /// Keeps a small part until its run is opened; `false` if there is no need or no room.
+    fn wait(&mut self, start: u64, at: u64, part: &[u8], room: &Arc<Room>) -> bool {
+        if part.len() > SMALL_BYTES || self.open.contains_key(&start) || self.passed.contains(number(start)) {
+            return false;
+        }
+        let Some(room) = Taken::take(room, |room| &room.waiting, part.len(), MAX_WAITING_BYTES) else { return false };
+        self.waiting.insert(at, Waiting { bytes: part.to_vec(), _room: room });
+        true
+    }
+
+    /// The run that begins at `start`, opened if there is room for it, with what has waited for it.
+    fn run(&mut self, start: u64, room: &Arc<Room>) -> Option<&mut Run> {
+        match self.open.entry(start) {
+            Entry::Occupied(run) => Some(run.into_mut()),
+            Entry::Vacant(_) if self.passed.contains(number(start)) => None,
+            Entry::Vacant(place) => {
+                let room = Taken::take(room, |room| &room.runs, 1, MAX_OPEN)?;
+                let run = place.insert(Run::new(Some(room)));
+                for (at, part) in self.waiting.extract_if(within_run(start), |_, _| true) {
+                    run.fill(usize::try_from(at - start).unwrap_or(0), &part.bytes);
+                }
+                Some(run)
+            }
+        }
+    }
+
+    /// There is no run for what begins at `start`: its parts are written as they come, first those that have waited.
+    fn pass(&mut self, start: u64) -> Vec<(u64, Waiting)> {
+        self.passed.insert(number(start));
+        self.waiting.extract_if(within_run(start), |_, _| true).collect()
+    }
+}
+
+fn number(start: u64) -> u64 {
+    start / RUN_BYTES as u64
+}
+
+fn within_run(start: u64) -> Range<u64> {
+    start..start.saturating_add(RUN_BYTES as u64)
+}
+
 /// A file of which runs are gathered.
 pub(super) struct Runs {
     /// The file again, opened for direct writes: others write through the cache at the same time.
@@ -78,8 +152,7 @@ pub(super) struct Runs {
     /// Whether the file system takes them.
     is_direct: AtomicBool,
     size: u64,
-    /// By their offset in the file.
-    open: Mutex<BTreeMap<u64, Run>>,
+    gathered: Mutex<Gathered>,
     room: Arc<Room>,
 }
 
@@ -89,11 +162,11 @@ impl Runs {
         let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
         let direct = openat(CWD, proc_path(file), flags, Mode::empty()).ok()?;
         let (is_direct, room) = (AtomicBool::new(true), Arc::clone(room));
-        Some(Self { direct, is_direct, size, open: Mutex::default(), room })
+        Some(Self { direct, is_direct, size, gathered: Mutex::default(), room })
     }
 
-    fn open(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Run>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn gathered(&self) -> std::sync::MutexGuard<'_, Gathered> {
+        self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a part of the file, and writes the runs that it makes whole. Blocking.
@@ -109,21 +182,22 @@ impl Runs {
     }
 
     fn write_part(&self, file: &OwnedFd, start: u64, within: usize, part: &[u8]) -> Result<(), Errno> {
+        let at = start + within as u64;
         let whole = {
-            let mut open = self.open();
-            if !open.contains_key(&start)
-                && let Some(room) = self.room.take()
-            {
-                open.insert(start, Run { buffer: AlignedBuffer::take(), filled: Vec::new(), _room: room });
+            let mut gathered = self.gathered();
+            if gathered.wait(start, at, part, &self.room) {
+                return Ok(());
             }
-            let Some(run) = open.get_mut(&start) else {
-                drop(open);
-                return write_all(file, part, start + within as u64);
+            let Some(run) = gathered.run(start, &self.room) else {
+                let waited = gathered.pass(start);
+                drop(gathered);
+                waited.iter().try_for_each(|(at, part)| write_all(file, &part.bytes, *at))?;
+                return write_all(file, part, at);
             };
             run.fill(within, part);
             let len = self.size.saturating_sub(start).min(RUN_BYTES as u64);
             let is_whole = run.is_whole(usize::try_from(len).unwrap_or(RUN_BYTES));
-            if is_whole { open.remove(&start) } else { None }
+            if is_whole { gathered.open.remove(&start) } else { None }
         };
         whole.map_or(Ok(()), |run| self.write_run(file, start, &run))
     }
@@ -148,8 +222,18 @@ impl Runs {
 
     /// Writes what did not become whole. Blocking.
     pub(super) fn finish(&self, file: &OwnedFd) -> Result<(), Errno> {
-        let open = std::mem::take(&mut *self.open());
-        open.iter().try_for_each(|(start, run)| self.write_run(file, *start, run))
+        let Gathered { open, mut waiting, .. } = std::mem::take(&mut *self.gathered());
+        open.into_iter().try_for_each(|(start, run)| self.write_run(file, start, &run))?;
+        // A run for each after the other, for which there is always room.
+        while let Some((at, _)) = waiting.first_key_value() {
+            let start = at - at % RUN_BYTES as u64;
+            let mut run = Run::new(None);
+            for (at, part) in waiting.extract_if(within_run(start), |_, _| true) {
+                run.fill(usize::try_from(at - start).unwrap_or(0), &part.bytes);
+            }
+            self.write_run(file, start, &run)?;
+        }
+        Ok(())
     }
 }
 
@@ -189,9 +273,10 @@ mod tests {
                     for part in parts.iter().filter(|part| **part != left_out) {
                         runs.write(&file, part.start as u64, &bytes[part.clone()]).unwrap();
                     }
-                    assert!(room.0.load(Ordering::SeqCst) <= MAX_OPEN);
+                    assert!(room.runs.load(Ordering::SeqCst) <= MAX_OPEN);
+                    assert!(room.waiting.load(Ordering::SeqCst) <= MAX_WAITING_BYTES);
                     runs.finish(&file).unwrap();
-                    assert_eq!(room.0.load(Ordering::SeqCst), 0);
+                    assert_eq!((room.runs.load(Ordering::SeqCst), room.waiting.load(Ordering::SeqCst)), (0, 0));
                     rustix::fs::ftruncate(&file, size as u64).unwrap();
                     let mut expected = bytes.clone();
                     expected[left_out].fill(0);
@@ -199,5 +284,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Pages that changed come from other packs than what lies around them: every run becomes whole all the same.
+    #[test]
+    fn pages_that_come_first_wait_for_the_rest() {
+        const PAGE: usize = 8 << 10;
+        let size = 3 * MAX_OPEN * RUN_BYTES;
+        let bytes = vec![7; size];
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let file = OwnedFd::from(std::fs::File::options().write(true).open(path.path()).unwrap());
+        let room = Arc::default();
+        let runs = Runs::new(&file, size as u64, &room).expect("a file system that takes direct writes");
+        let write = |range: Range<usize>| runs.write(&file, range.start as u64, &bytes[range]).unwrap();
+        for start in (0..size).step_by(RUN_BYTES) {
+            write(start + PAGE..start + 2 * PAGE);
+        }
+        assert_eq!(
+            (room.runs.load(Ordering::SeqCst), room.waiting.load(Ordering::SeqCst)),
+            (0, size / RUN_BYTES * PAGE)
+        );
+        for start in (0..size).step_by(RUN_BYTES) {
+            write(start + 2 * PAGE..start + RUN_BYTES);
+            write(start..start + PAGE);
+        }
+        assert_eq!((room.runs.load(Ordering::SeqCst), room.waiting.load(Ordering::SeqCst)), (0, 0));
+        runs.finish(&file).unwrap();
+        assert!(std::fs::read(path.path()).unwrap() == bytes);
     }
 }
