@@ -39,18 +39,20 @@ class Crowd:
         self.tally = Tally(tool.name)
         self.reasons: dict[str, str] = {}
 
-    def tried(self, verb: str, folder: Path, log: str, **values) -> bool:
-        """Whether all commands of the verb succeeded."""
+    def tried(self, verb: str, folder: Path, log: str, **values) -> float | None:
+        """Seconds that the commands of the verb took together; None when one was refused."""
+        seconds = 0.0
         path = self.bench.work / f"{log}.log"
         for command in self.tool.commands(verb, repo=self.repo, keep=KEEP, **values):
-            code, *_ = run(command, self.tool.environment(self.repo), folder, path)
+            code, _, wall, _ = run(command, self.tool.environment(self.repo), folder, path)
+            seconds += wall
             if code != 0:
                 said = path.read_text(errors="replace").strip()
                 if self.tool.name == NEVER_REFUSED:
                     sys.exit(f"{' '.join(command)} ended with {code} beside others:\n{said}")
                 self.reasons.setdefault(verb, (said.splitlines() or ["no message"])[-1])
-                return False
-        return True
+                return None
+        return seconds
 
     def write(self, number: int, source: Path, on: Callable[[], bool]) -> tuple[int, int]:
         """Changes its files and backs them up, again and again. Returns how often it succeeded and was refused."""
@@ -59,12 +61,13 @@ class Crowd:
             if not on():
                 return done[1], done[0]
             data.change_small(source, run_number)
-            done[self.tried("backup", source, f"w{number}", src=source, number=run_number, lineage=f"w{number}")] += 1
+            seconds = self.tried("backup", source, f"w{number}", src=source, number=run_number, lineage=f"w{number}")
+            done[seconds is not None] += 1
 
     def delete(self, number: int, on: Callable[[], bool]) -> tuple[int, int]:
         done = [0, 0]
         while on():
-            done[self.tried("expire_beside", self.bench.work, f"d{number}")] += 1
+            done[self.tried("expire_beside", self.bench.work, f"d{number}") is not None] += 1
         return done[1], done[0]
 
     def together(self, sources: list[Path], seconds: float) -> None:
@@ -86,9 +89,9 @@ class Crowd:
         with ThreadPoolExecutor(1) as pool:
             deleter = pool.submit(self.delete, 0, lambda: not stop.is_set())
             try:
-                began = time.monotonic()
-                if self.tried("backup", beside, "beside", src=beside, number=0, lineage="beside"):
-                    self.tally.meanwhile = size_mib(beside) / (time.monotonic() - began)
+                wall = self.tried("backup", beside, "beside", src=beside, number=0, lineage="beside")
+                if wall is not None:
+                    self.tally.meanwhile = size_mib(beside) / wall
             finally:
                 stop.set()
         deleter.result()
@@ -111,7 +114,7 @@ def crowd(bench: Bench, tool: tools.Tool, small: Path, halves: tuple[Path, Path]
         bench.measure(tool, "crowd", "", "prepare_expire", small, keep=KEEP)
     one.together(sources, seconds)
     one.speeds(*halves)
-    one.tally.after = "whole" if one.tried("check_data", bench.work, "check") else "damaged"
+    one.tally.after = "damaged" if one.tried("check_data", bench.work, "check") is None else "whole"
     bench.drop([tool], "crowd")
     print(f"many at once: {one.tally} {one.reasons}", flush=True)
     return one.tally
