@@ -20,10 +20,11 @@ const BEHIND_OTHERS: i32 = 10;
 fn main() -> ExitCode {
     lifeboat_repository::allocator::few_arenas();
     let arguments = options::Arguments::parse();
-    // The library for mounts warns of what is no failure: of questions that it has no answer for, of a mount that another took away.
+    // The library for mounts tells of what is no failure: of questions that it has no answer for, of a mount that another took away, of
+    // answers for which nobody waits any more.
     let filter = tracing_subscriber::EnvFilter::try_from_env("LIFEBOAT_LOG");
     tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "warn,fuser=error".into()))
+        .with_env_filter(filter.unwrap_or_else(|_| "warn,fuser=error,fuser::reply=off".into()))
         .with_writer(std::io::stderr)
         .init();
     // Before there are threads, which inherit it.
