@@ -6,10 +6,10 @@
     OUT=FILE                where the page goes (docs/benchmarks.md; at other sizes than full: nowhere but the terminal)
 
 CPU seconds are user and system time of the program and its children, memory is its largest resident set. Caches of the
-file system are warm: all of a set but *sparse* is read before the first program. A restore is compared with its source, byte by byte. No time makes it fail: only a program that
-fails or restores something else does. `e2e/bin/with-programs` before it brings the S3 server; PostgreSQL is installed
-where there is none, as Debian's package. Remove nothing that has many files shortly before: ext4 then searches
-long for free inodes, and the first programs that restore pay for it.
+file system are warm: all of a set but *sparse* is read before the first program. A restore is compared with its source,
+byte by byte. No time makes it fail: only a program that fails or restores something else does. `e2e/bin/with-programs`
+before it brings the S3 server; PostgreSQL is installed where there is none, as Debian's package. Remove nothing that has
+many files shortly before: ext4 then searches long for free inodes, and the first programs that restore pay for it.
 """
 
 import fcntl

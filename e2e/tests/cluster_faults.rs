@@ -161,7 +161,8 @@ fn after_an_outage_of_the_api_server_the_next_freeze_is_heard() {
         s.start_backup("b", json!({"plan": plan})).await?;
         let status = s.backup_succeeded("b").await?.status.context("status")?;
         let workloads = status.quiesce.context("quiesce")?.workloads;
-        ensure!(workloads.iter().all(|w| w.through == Some(Through::Guardian)), "{workloads:?}");
+        let by_guardians = workloads.iter().all(|w| w.through == Some(Through::Guardian));
+        ensure!(workloads.len() == 2 && by_guardians, "{workloads:?}");
         Ok(())
     });
 }

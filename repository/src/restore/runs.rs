@@ -308,6 +308,7 @@ mod tests {
             write(start + 2 * PAGE..start + RUN_BYTES);
             write(start..start + PAGE);
         }
+        assert!(runs.gathered().passed.is_empty(), "all went through runs");
         assert_eq!((room.runs.load(Ordering::SeqCst), room.waiting.load(Ordering::SeqCst)), (0, 0));
         runs.finish(&file).unwrap();
         assert!(std::fs::read(path.path()).unwrap() == bytes);
